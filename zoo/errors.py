@@ -1,0 +1,48 @@
+"""The error that a user can mend, and the words in which it is said."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_MISTAKE = 1
+EXIT_SOME_RUNS_FAILED = 3
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+
+
+class ZooError(Exception):
+    """A mistake that the user can mend: one line that says what, got, allowed and fix."""
+
+
+class Interrupted(ZooError):
+    """A run was stopped by a signal after its state was saved; the same command goes on."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return a hint `; did you mean 'x'?` for the closest allowed name, or an empty string.
+
+    >>> nearest("resnet81", ["resnet18", "vit_tiny"])
+    "; did you mean 'resnet18'?"
+    >>> nearest("zzz", ["resnet18"])
+    ''
+    """
+    names = list(allowed)
+    by_lower = {each.lower(): each for each in names}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    r"""Return text as one printable line of at most `limit` characters, control characters escaped.
+
+    >>> one_line("a\nb\x1b[31m")
+    'a b\\x1b[31m'
+    """
+    joined = " ".join(str(text).split())
+    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in joined)
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"

@@ -1,0 +1,254 @@
+"""Folders, and reading and writing of small files: whole or not at all, and never silently changed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import tomli_w
+
+from zoo.errors import ZooError, nearest, one_line
+
+SCHEMA_VERSION = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder that the zoo works in: `data/`, `models/`, `recipes/` and `benchmarks/` lie below it."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        """Return the folder of the datasets."""
+        return self.root / "data"
+
+    @property
+    def runs(self) -> Path:
+        """Return the folder of the runs."""
+        return self.root / "models" / "runs"
+
+    @property
+    def locks(self) -> Path:
+        """Return the folder of the locks that keep two processes from training one run."""
+        return self.root / "models" / ".locks"
+
+    @property
+    def recipes(self) -> Path:
+        """Return the folder of the user's recipes."""
+        return self.root / "recipes"
+
+    @property
+    def benchmarks(self) -> Path:
+        """Return the folder of the user's benchmarks and of every benchmark's results."""
+        return self.root / "benchmarks"
+
+
+def home(root: str | os.PathLike[str] | None = None) -> Home:
+    """Return the home folder: `root`, else the environment's `ZOO_HOME`, else the current folder.
+
+    Raises ZooError where that is no folder.
+    """
+    path = Path(root or os.environ.get("ZOO_HOME") or ".").expanduser().absolute()
+    if not path.is_dir():
+        raise ZooError(f"the home folder {str(path)!r} is no folder; make it, or name another with --home")
+    return Home(path)
+
+
+def builtin_folder(kind: str) -> Path:
+    """Return the folder of the built-in files of a kind (`recipes` or `benchmarks`)."""
+    package = Path(__file__).parent
+    installed = package / "builtin" / kind
+    return installed if installed.is_dir() else package.parent / kind
+
+
+def find_toml(name: str, kind: str, own: Path) -> Path:
+    """Return the TOML file of a recipe or benchmark: a path, else the user's own by name, else a built-in.
+
+    kind is `recipes` or `benchmarks`. Raises ZooError with the nearest name where there is none.
+    """
+    if name.endswith(".toml") or os.sep in name:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        raise ZooError(f"there is no file {name!r}; give the path of a .toml file or a name of `zoo list {kind}`")
+    known = list_toml(kind, own)
+    if name not in known:
+        raise ZooError(f"unknown {kind[:-1]} {name!r}{nearest(name, known)} `zoo list {kind}` shows all {len(known)}")
+    return known[name]
+
+
+def list_toml(kind: str, own: Path) -> dict[str, Path]:
+    """Return name to file of every recipe or benchmark, the user's own before the built-in of one name."""
+    found: dict[str, Path] = {}
+    for folder in (builtin_folder(kind), own):
+        if folder.is_dir():
+            found.update({path.stem: path for path in sorted(folder.glob("*.toml"))})
+    return dict(sorted(found.items()))
+
+
+def check_name(name: str, what: str) -> str:
+    """Return name if it can stand in a folder name; raise ZooError otherwise.
+
+    >>> check_name("iq_othnccd", "dataset")
+    'iq_othnccd'
+    """
+    if not _NAME.fullmatch(name) or "--" in name:
+        raise ZooError(
+            f"{what} name must be 1 to 80 letters, digits, '.', '_', '+' or single '-', starting with a letter or "
+            f"digit. Got {one_line(name)!r}; choose another with --name"
+        )
+    return name
+
+
+def sha256_bytes(data: bytes | memoryview) -> str:
+    """Return the SHA-256 of data as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside path; on success sync it and put it in path's place.
+
+    Raises ZooError, and leaves an old file as it was, where the disk is full or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
+    except OSError as error:
+        raise write_error(path, error) from error
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_error(path: Path, error: OSError) -> ZooError:
+    """Return the ZooError that says why path cannot be written and what to do."""
+    fixes = {
+        errno.ENOSPC: "free space on that disk, or work elsewhere with --home",
+        errno.EDQUOT: "free space in your quota, or work elsewhere with --home",
+        errno.EROFS: "choose a folder that can be written with --home",
+        errno.EACCES: "choose a folder that can be written with --home",
+    }
+    reason = one_line(error.strerror or error)
+    return ZooError(f"cannot write {str(path)!r}: {reason}; {fixes.get(error.errno or 0, 'check the path')}")
+
+
+def check_writable(folder: Path, needed_bytes: int = 16 << 20) -> None:
+    """Raise ZooError unless `needed_bytes` can be written below folder; found before work, not after it."""
+    with atomic_writer(folder / ".zoo-write-test") as stream:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(stream.fileno(), 0, needed_bytes)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+    (folder / ".zoo-write-test").unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, atomically."""
+    with atomic_writer(path) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a record as JSON with its `schema_version`, atomically; not-a-number becomes null."""
+    write_text(path, to_json({"schema_version": SCHEMA_VERSION, **value}, indent=2) + "\n")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return value as strict JSON: floats that are not finite become null.
+
+    >>> to_json({"auroc": float("nan"), "top1": 0.5})
+    '{"auroc": null, "top1": 0.5}'
+    """
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    if hasattr(value, "tolist"):
+        return _finite(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a record that `write_json` wrote.
+
+    Raises ZooError where the file is missing, no JSON object, or of a newer schema.
+    """
+    return _read(path, json.loads, "JSON")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the table of a TOML file; raises ZooError with the line where it cannot be read."""
+    return _read(path, tomllib.loads, "TOML")
+
+
+def _read(path: Path, parse: Callable[[str], Any], kind: str) -> dict[str, Any]:
+    try:
+        value = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ZooError(f"there is no file {str(path)!r}") from None
+    except OSError as error:
+        raise ZooError(f"cannot read {str(path)!r}: {one_line(error.strerror or error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ZooError(f"{str(path)!r} is no valid {kind}: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise ZooError(f"{str(path)!r} must hold one {kind} table. Got a {type(value).__name__} instead")
+    version = value.get("schema_version", SCHEMA_VERSION)
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ZooError(
+            f"{str(path)!r} has schema_version {version!r}; this zoo reads up to {SCHEMA_VERSION}: update the zoo"
+        )
+    return value
+
+
+def write_toml(path: Path, value: dict[str, Any]) -> None:
+    """Write a table as TOML, atomically; keys whose value is None are left out."""
+    write_text(path, tomli_w.dumps(_without_none(value), multiline_strings=False))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_none(each) for each in value]
+    return value
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a value's canonical JSON: the same for the same content in any key order."""
+    return sha256_bytes(json.dumps(_finite(value), sort_keys=True, separators=(",", ":")).encode())

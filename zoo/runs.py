@@ -1,0 +1,225 @@
+"""The run folder: what one trained result leaves on disk, how it is named, listed and read."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from zoo.errors import ZooError, nearest, one_line
+from zoo.files import Home, home, read_json, write_json
+
+SPLITS = ("train", "val", "test")
+
+
+class Preprocessing(BaseModel):
+    """What turns a decoded image into a network's input; it travels with the weights.
+
+    image_size: pixels of the square input. crop_pct: part of the resized image that the centre crop keeps,
+    in (0, 1]. interpolation: `bilinear`, `bicubic` or `lanczos`. mean, std: of RGB in [0, 1].
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int
+    crop_pct: float
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def resize_size(self) -> int:
+        """Return the pixels of the shorter side before the centre crop (timm's floor of size / crop_pct)."""
+        return max(self.image_size, int(self.image_size / self.crop_pct))
+
+
+class RunRecord(BaseModel):
+    """`run.json`: written last, so that its presence with status `finished` means a whole run."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    schema_version: int = 1
+    run: str
+    status: Literal["finished", "failed"]
+    reason: str | None = None
+    dataset: str
+    recipe: str
+    recipe_digest: str
+    seed: int
+    split_digest: str
+    classes: list[str]
+    negative_class: str | None = None
+    model: str
+    preprocessing: Preprocessing | None = None
+    model_options: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    strategy: str = ""
+    params: int | None = None
+    params_trained: int | None = None
+    epochs: int | None = None
+    best_epoch: int | None = None
+    train_s: float | None = None
+    images_per_s: float | None = None
+    images: dict[str, int] = {}
+    images_skipped: dict[str, list[str]] = {}
+    device: str = ""
+    precision: dict[str, Any] = {}
+    threads: int | None = None
+    versions: dict[str, str] = {}
+    notes: list[str] = []
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder below a home."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Return the folder's name, `<dataset>--<recipe>--s<seed>--<digest8>`."""
+        return self.path.name
+
+    @property
+    def weights_file(self) -> Path:
+        """Return the file of the weights that were best on val."""
+        return self.path / "weights.safetensors"
+
+    @property
+    def history_file(self) -> Path:
+        """Return the file with one JSON line per epoch."""
+        return self.path / "history.jsonl"
+
+    def predictions_file(self, split: str) -> Path:
+        """Return the file of the predictions on a split."""
+        return self.path / f"predictions-{split}.npz"
+
+    def metrics_file(self, split: str) -> Path:
+        """Return the file of the metrics on a split."""
+        return self.path / f"metrics-{split}.json"
+
+    @property
+    def record(self) -> RunRecord:
+        """Return `run.json`; raises ZooError where it is missing or damaged."""
+        raw = read_json(self.path / "run.json")
+        try:
+            return RunRecord.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise ZooError(
+                f"{str(self.path / 'run.json')!r} is damaged at {key!r}: {first['msg']}; train the run again"
+            ) from error
+
+    @property
+    def finished(self) -> bool:
+        """Return whether the run ended well; a missing or damaged record counts as not."""
+        try:
+            return self.record.status == "finished"
+        except ZooError:
+            return False
+
+    def metrics(self, split: str) -> dict[str, Any]:
+        """Return `metrics-<split>.json`; raises ZooError where the split is not scored yet."""
+        return read_json(self.metrics_file(split))
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return one dict per epoch, in order; a line cut off by a crash is left out."""
+        import json
+
+        rows: list[dict[str, Any]] = []
+        if self.history_file.is_file():
+            for line in self.history_file.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    continue
+        return rows
+
+    def write_record(self, record: RunRecord) -> None:
+        """Write `run.json` atomically."""
+        write_json(self.path / "run.json", record.model_dump(mode="json"))
+
+
+def run_name(dataset: str, recipe: str, seed: int, digest: str) -> str:
+    """Return a run's folder name.
+
+    >>> run_name("digits", "simple_cnn", 0, "0123456789abcdef")
+    'digits--simple_cnn--s0--01234567'
+    """
+    return f"{dataset}--{recipe}--s{seed}--{digest[:8]}"
+
+
+def find_run(name: str, root: Home | None = None) -> Run:
+    """Return the run of a name below the home, or of a run folder's path.
+
+    Raises ZooError with the nearest name where there is none.
+    """
+    root = root or home()
+    for path in (root.runs / name, Path(name).expanduser()):
+        if (path / "run.json").is_file():
+            return Run(path)
+    known = [run.name for run in list_runs(root)]
+    hint = nearest(name, known) or "; train one with `zoo train`"
+    raise ZooError(f"there is no run {one_line(name)!r}{hint} `zoo list runs` shows all {len(known)}")
+
+
+def list_runs(root: Home | None = None, dataset: str | None = None) -> list[Run]:
+    """Return the runs below the home that have a record, sorted by name; of one dataset where it is given."""
+    folder = (root or home()).runs
+    if not folder.is_dir():
+        return []
+    pattern = re.compile(rf"{re.escape(dataset)}--") if dataset else re.compile("")
+    return [
+        Run(path)
+        for path in sorted(folder.iterdir())
+        if pattern.match(path.name) and (path / "run.json").is_file()
+    ]
+
+
+@contextmanager
+def run_lock(root: Home, name: str) -> Iterator[None]:
+    """Hold the run for this process; raises ZooError that says who holds it.
+
+    The operating system frees the lock when its holder dies, so no lock is ever stale.
+    """
+    import json
+    import os
+    import socket
+
+    from filelock import FileLock, Timeout
+
+    from zoo.files import write_error
+
+    path = root.locks / f"{name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)
+        lock.acquire()
+    except Timeout:
+        holder = root.locks / f"{name}.json"
+        who = json.loads(holder.read_text()) if holder.is_file() else {}
+        raise ZooError(
+            f"run {name!r} is being trained by process {who.get('pid', '?')} on {who.get('host', '?')}; "
+            "wait for it, or stop it"
+        ) from None
+    except OSError as error:
+        raise write_error(path, error) from error
+    try:
+        write_json(root.locks / f"{name}.json", {"pid": os.getpid(), "host": socket.gethostname()})
+        yield
+    finally:
+        (root.locks / f"{name}.json").unlink(missing_ok=True)
+        lock.release()
+
+
+def clear_run(run: Run) -> None:
+    """Remove what an unfinished or failed run left, so that it starts anew."""
+    if run.path.is_dir():
+        shutil.rmtree(run.path)

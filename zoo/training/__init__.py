@@ -1,0 +1,1 @@
+"""Training: what is trained when, the loop, and how it goes on after an interruption."""

@@ -1,0 +1,120 @@
+"""What an interrupted run goes on from: tensors as safetensors, numbers as JSON, no pickle."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from zoo.errors import ZooError
+from zoo.files import atomic_writer, read_json, sha256_bytes, sha256_file, write_json
+
+
+@dataclass
+class Progress:
+    """How far a run has come: finished epochs, the best on val, and what it has cost."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_value: float | None = None
+    stale_epochs: int = 0
+    updates: int = 0
+    train_s: float = 0.0
+    images_seen: int = 0
+    step_s: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Write tensors as safetensors, atomically, and return the file's SHA-256."""
+    plain = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
+    data = save(plain, metadata)
+    with atomic_writer(path) as stream:
+        stream.write(data)
+    return sha256_bytes(data)
+
+
+def save_checkpoint(
+    folder: Path,
+    digest: str,
+    progress: Progress,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write a checkpoint beside the one before, which is removed only when the new one is whole.
+
+    tensors: name of a part (`model`, `best`, `ema`) to its state dict.
+    """
+    flat = {f"{part}/{key}": value for part, state in tensors.items() for key, value in state.items()}
+    scalars: dict[str, Any] = {}
+    for place, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                flat[f"optimizer/{place}/{key}"] = value
+            else:
+                scalars[f"{place}/{key}"] = value
+    name = f"epoch-{progress.epoch:05d}"
+    sha256 = save_tensors(folder / f"{name}.safetensors", flat)
+    facts = {"run_digest": digest, "sha256": sha256, "scalars": scalars, "progress": asdict(progress)}
+    write_json(folder / f"{name}.json", facts)
+    for old in folder.glob("epoch-*"):
+        if old.stem != name:
+            old.unlink()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back."""
+
+    progress: Progress
+    tensors: dict[str, torch.Tensor]
+    scalars: dict[str, Any]
+
+    def part(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the state dict of one part; empty where the checkpoint has no such part."""
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): each for key, each in self.tensors.items() if key.startswith(prefix)}
+
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the optimiser the state that it had."""
+        state: dict[int, dict[str, Any]] = {}
+        for full, value in {**self.part("optimizer"), **self.scalars}.items():
+            place, key = full.split("/", 1)
+            state.setdefault(int(place), {})[key] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
+    """Return the newest whole checkpoint of the run with this digest, or None where there is none.
+
+    A checkpoint that was cut off or changed is passed over. Raises ZooError for that of another run.
+    """
+    for file in sorted(folder.glob("epoch-*.json"), reverse=True):
+        try:
+            facts = read_json(file)
+        except ZooError:
+            continue
+        try:
+            tensors_file = file.with_suffix(".safetensors")
+            if sha256_file(tensors_file) != facts["sha256"]:
+                continue
+            if facts["run_digest"] != digest:
+                raise ZooError(
+                    f"{str(folder)!r} holds the checkpoint of another run ({facts['run_digest'][:8]}, "
+                    f"this is {digest[:8]}); remove the folder to start anew"
+                )
+            return Checkpoint(Progress(**facts["progress"]), load_file(tensors_file), facts["scalars"])
+        except (OSError, KeyError, TypeError, SafetensorError):
+            continue
+    return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a finished run."""
+    if folder.is_dir():
+        shutil.rmtree(folder)

@@ -1,0 +1,245 @@
+"""The plan of a run: all that is decided and checked before any work, and the run's identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.data.manifest import Dataset, load_dataset
+from zoo.errors import ZooError, one_line
+from zoo.files import Home, check_writable, digest_of, home
+from zoo.models.registry import ModelSpec, classifier_of, create_model, find_model, preprocessing_for
+from zoo.models.weights import WeightsFile, resolve_weights
+from zoo.recipe import Recipe, load_recipe
+from zoo.runs import Preprocessing, Run, RunRecord, find_run, list_runs, run_name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, decided: everything that it needs is known to be there."""
+
+    recipe: Recipe
+    dataset: Dataset
+    seed: int
+    home: Home
+    spec: ModelSpec
+    preprocessing: Preprocessing
+    weights: WeightsFile | None
+    weights_from: str
+    recipe_digest: str
+    digest: str
+    bad_images: str | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> Run:
+        """Return the run folder, which need not be there yet."""
+        name = run_name(self.dataset.name, self.recipe.name, self.seed, self.digest)
+        return Run(self.home.runs / name)
+
+    @property
+    def weights_label(self) -> str:
+        """Return in a few words where the weights come from, as tables print it."""
+        if self.weights is None:
+            return "scratch"
+        if self.weights_from in ("run", "file"):
+            return f"{self.weights_from} {self.weights.path.parent.name if self.weights_from == 'run' else self.weights.path.name}"
+        return self.spec.tag or self.weights.path.name
+
+    def model(self) -> torch.nn.Module:
+        """Return the network with the weights to start from; a new head is drawn from the run's seed."""
+        from zoo.models.weights import load_weights
+
+        torch.manual_seed(self.seed)
+        model = build_model(self.recipe, self.spec, self.preprocessing, len(self.dataset.classes))
+        if self.weights is not None:
+            load_weights(model, self.weights, self.spec)
+        return model
+
+    def record(self, status: str, reason: str | None = None, **facts: Any) -> RunRecord:
+        """Return what `run.json` says of this run."""
+        weights = {"label": self.weights_label, "from": self.weights_from}
+        if self.weights is not None:
+            weights |= {"location": self.weights.location, "sha256": self.weights.sha256}
+        return RunRecord.model_validate(
+            {
+                "run": self.run.name,
+                "status": status,
+                "reason": reason,
+                "dataset": self.dataset.name,
+                "recipe": self.recipe.name,
+                "recipe_digest": self.recipe_digest,
+                "seed": self.seed,
+                "split_digest": self.dataset.split_digest,
+                "classes": self.dataset.classes,
+                "negative_class": self.dataset.negative_class,
+                "model": self.spec.name,
+                "preprocessing": self.preprocessing,
+                "model_options": self.recipe.model.options,
+                "weights": weights,
+                "strategy": self.recipe.finetune.strategy,
+                "notes": list(self.notes),
+                **facts,
+            }
+        )
+
+
+def build_model(recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, classes: int) -> torch.nn.Module:
+    """Return the recipe's network with random weights."""
+    return create_model(
+        spec,
+        classes,
+        image_size=preprocessing.image_size,
+        drop_rate=recipe.model.drop_rate,
+        drop_path_rate=recipe.model.drop_path_rate,
+        options=dict(recipe.model.options),
+    )
+
+
+def make_plan(
+    recipe: Recipe | str,
+    data: Dataset | str,
+    seed: int = 0,
+    root: Home | None = None,
+    *,
+    offline: bool = False,
+    bad_images: str | None = None,
+) -> Plan:
+    """Decide a run and check all that can be checked before work.
+
+    Raises ZooError for an unknown model, weights that cannot be reached or do not fit, a strategy that the model
+    cannot follow, augmentation that does not exist, a device that is not there, and folders that are full or
+    cannot be written.
+    """
+    from zoo.data.transforms import make_augment
+    from zoo.training.precision import choose_device, choose_plan
+
+    root = root or home()
+    if not 0 <= seed < 2**31:
+        raise ZooError(f"the seed must be from 0 to 2147483647. Got {seed}")
+    recipe = load_recipe(recipe, root=root) if isinstance(recipe, str) else recipe
+    dataset = load_dataset(data, root) if isinstance(data, str) else data
+    choose_plan(recipe.precision, choose_device(recipe.device))
+    spec = find_model(recipe.model.name)
+    wanted = recipe.model
+    weights, weights_from, source_run = _weights(recipe, spec, dataset, root, offline)
+    inherited = source_run.preprocessing if source_run else None
+    preprocessing = preprocessing_for(
+        spec,
+        image_size=wanted.image_size or (inherited.image_size if inherited else None),
+        mean=wanted.mean or (inherited.mean if inherited else None),
+        std=wanted.std or (inherited.std if inherited else None),
+        interpolation=wanted.interpolation or (inherited.interpolation if inherited else None),
+        crop_pct=wanted.crop_pct or (inherited.crop_pct if inherited else None),
+    )
+    make_augment(recipe.policy, recipe.augment.transforms, preprocessing.image_size, seed)
+    _check_model(recipe, spec, preprocessing, len(dataset.classes))
+    check_writable(root.runs)
+    resolved = {"recipe": recipe.digest, "model": spec.name, "preprocessing": preprocessing.model_dump()}
+    resolved["weights"] = weights.sha256 if weights else None
+    resolved["augment"] = recipe.policy
+    if bad_images:
+        resolved["bad_images"] = bad_images
+    recipe_digest = digest_of(resolved)
+    return Plan(
+        recipe=recipe,
+        dataset=dataset,
+        seed=seed,
+        home=root,
+        spec=spec,
+        preprocessing=preprocessing,
+        weights=weights,
+        weights_from=weights_from,
+        recipe_digest=recipe_digest,
+        digest=digest_of([recipe_digest, dataset.split_digest, seed]),
+        bad_images=bad_images,
+    )
+
+
+def _weights(
+    recipe: Recipe, spec: ModelSpec, dataset: Dataset, root: Home, offline: bool
+) -> tuple[WeightsFile | None, str, RunRecord | None]:
+    """Return the file of the weights, what kind of source named it, and the record where that is a run."""
+    source = recipe.model.weights
+    if source == "scratch":
+        return None, "scratch", None
+    if source == "pretrained":
+        return resolve_weights(spec, source, root, offline), "pretrained", None
+    if source.endswith((".safetensors", ".pth", ".pt", ".bin")):
+        return resolve_weights(spec, source, root, offline), "file", None
+    try:
+        run = find_run(source, root)
+    except ZooError as error:
+        raise ZooError(
+            f"model.weights must be 'pretrained', 'scratch', a .safetensors or .pth file, or a run. "
+            f"Got {one_line(source)!r}; {error}"
+        ) from error
+    record = run.record
+    if record.status != "finished":
+        raise ZooError(f"run {run.name!r} to go on from did not finish: {record.reason}; train it again")
+    if find_model(record.model).arch != spec.arch:
+        raise ZooError(
+            f"run {run.name!r} to go on from trained {record.model!r}, the recipe's model is {spec.name!r}; "
+            f"set model.name = {record.model!r}"
+        )
+    if record.dataset == dataset.name and record.split_digest != dataset.split_digest:
+        raise ZooError(
+            f"run {run.name!r} to go on from was trained on another split of {dataset.name!r} "
+            f"({record.split_digest[:8]}, now {dataset.split_digest[:8]}): its training images may stand in this "
+            "split's test; train it on this split first"
+        )
+    return resolve_weights(spec, str(run.weights_file), root, offline), "run", record
+
+
+def _check_model(recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, classes: int) -> None:
+    """Build the network without memory and see that the strategy can be followed."""
+    with torch.device("meta"):
+        model = build_model(recipe, spec, preprocessing, classes)
+    if recipe.finetune.strategy != "full":
+        classifier_of(model)
+    grouped = recipe.finetune.layer_decay < 1 or recipe.finetune.strategy == "gradual"
+    if grouped and not hasattr(model, "group_matcher"):
+        raise ZooError(
+            f"model {spec.name!r} does not say which layer comes first (it has no group_matcher); set "
+            "finetune.layer_decay = 1.0 and a strategy other than gradual"
+        )
+
+
+def failed_record(recipe: Recipe | str, dataset: Dataset, seed: int, reason: str) -> RunRecord:
+    """Return the record of a run that could not even be planned."""
+    name = recipe if isinstance(recipe, str) else recipe.name
+    digest = recipe.digest if isinstance(recipe, Recipe) else digest_of(name)
+    return RunRecord(
+        run=run_name(dataset.name, Path(name).stem, seed, digest_of([digest, dataset.split_digest, seed])),
+        status="failed",
+        reason=reason,
+        dataset=dataset.name,
+        recipe=Path(name).stem,
+        recipe_digest=digest,
+        seed=seed,
+        split_digest=dataset.split_digest,
+        classes=dataset.classes,
+        negative_class=dataset.negative_class,
+        model=recipe.model.name if isinstance(recipe, Recipe) else "",
+        weights={"label": recipe.model.weights if isinstance(recipe, Recipe) else ""},
+        strategy=recipe.finetune.strategy if isinstance(recipe, Recipe) else "",
+    )
+
+
+def finished_run(plan: Plan) -> Run | None:
+    """Return the plan's run where it is finished already."""
+    return plan.run if plan.run.finished and plan.run.weights_file.is_file() else None
+
+
+def runs_of(dataset: Dataset, root: Home) -> list[Run]:
+    """Return the recorded runs on a dataset's present split, failed ones only where none finished since."""
+    runs = [run for run in list_runs(root, dataset.name) if run.record.split_digest == dataset.split_digest]
+    done = {(run.record.recipe, run.record.seed) for run in runs if run.record.status == "finished"}
+    return [
+        run
+        for run in runs
+        if run.record.status == "finished" or (run.record.recipe, run.record.seed) not in done
+    ]
