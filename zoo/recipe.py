@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import os
 import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,11 +22,12 @@ METRICS: tuple[str, ...] = get_args(Metric)
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
-Triple = tuple[float, float, float]
+Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+PositiveTriple = Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelTable(_Table):
@@ -34,8 +38,8 @@ class ModelTable(_Table):
     image_size: Annotated[int, Field(ge=16, le=2048)] | None = None
     drop_rate: Fraction = 0.0
     drop_path_rate: Fraction = 0.0
-    mean: Annotated[Triple, Field(strict=False)] | None = None
-    std: Annotated[Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] | None, Field()] = None
+    mean: Triple | None = None
+    std: PositiveTriple | None = None
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
     options: dict[str, str | int | float | bool] = {}
@@ -68,9 +72,13 @@ class AugmentTable(_Table):
     def _one_of_both(self) -> AugmentTable:
         if self.policy is not None and self.transforms is not None:
             raise ValueError("give a policy or own transforms, not both")
-        for number, transform in enumerate(self.transforms or []):
-            if not isinstance(transform.get("name"), str):
-                raise ValueError(f"transforms[{number}] must have a name, as albumentations spells it")
+        nameless = [
+            f"transforms[{place}]"
+            for place, transform in enumerate(self.transforms or [])
+            if not isinstance(transform.get("name"), str)
+        ]
+        if nameless:
+            raise ValueError(f"{', '.join(nameless)} must have a name, as albumentations spells it")
         return self
 
 
@@ -120,7 +128,7 @@ class Recipe(_Table):
 
     @property
     def policy(self) -> str:
-        """Return the augmentation policy's name; `none` for a linear probe, else `light`, where none is given."""
+        """Return the augmentation policy's name; left out, `none` for a linear probe and else `light`."""
         if self.augment.policy is not None:
             return self.augment.policy
         if self.augment.transforms is not None:
@@ -129,7 +137,7 @@ class Recipe(_Table):
 
     @property
     def head_epochs(self) -> int:
-        """Return the epochs of the head-only phase: all for a probe, a quarter for lp-ft and gradual by default."""
+        """Return the epochs of the head alone: all for a probe; for lp-ft and gradual, left out, a quarter."""
         if self.finetune.strategy == "linear-probe":
             return self.finetune.epochs
         if self.finetune.strategy == "full":
@@ -158,8 +166,8 @@ def load_recipe(
 ) -> Recipe:
     """Return the recipe of a name (`zoo list recipes`) or of a .toml file.
 
-    overrides: dotted key to value, as `--set` gives them; a key's last part alone is enough where only one key
-    ends in it. Raises ZooError that names every unknown key and every value out of range at once.
+    overrides: dotted key to value, as `--set` gives them; a key's last part alone is enough where only one
+    key ends in it. Raises ZooError that names every unknown key and every value out of range at once.
 
     >>> load_recipe("simple_cnn", {"optimizer.lr": 5e-4, "epochs": 3}).finetune.epochs
     3
@@ -172,7 +180,7 @@ def load_recipe(
 def parse_recipe(table: dict[str, Any], name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Return the recipe of a TOML table; raises ZooError that names every fault at once."""
     check_name(name, "recipe")
-    table = {key: value for key, value in table.items() if key not in ("schema_version", "name")}
+    table = {key: value for key, value in table.items() if key != "schema_version"}
     faults: list[str] = []
     for key, value in (overrides or {}).items():
         try:
@@ -180,13 +188,11 @@ def parse_recipe(table: dict[str, Any], name: str, overrides: dict[str, Any] | N
         except ZooError as error:
             faults.append(str(error))
     faults += _unknown_keys(table)
-    recipe: Recipe | None = None
-    try:
-        recipe = Recipe.model_validate({**table, "name": name})
-    except ValidationError as error:
-        faults += [_say(each) for each in error.errors() if each["type"] != "extra_forbidden"]
+    recipe, wrong = _validate(table, name)
+    faults += [text for text in wrong.values() if text]
     if recipe is not None:
-        faults += _contradictions(recipe) + _search_faults(recipe)
+        faults += _contradictions(recipe)
+    faults += _search_faults(table)
     if faults or recipe is None:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise ZooError(f"recipe {name!r} has {count}: " + "; ".join(faults))
@@ -222,9 +228,7 @@ def full_key(key: str) -> str:
         return ends[0]
     if ends:
         raise ZooError(f"{one_line(key)!r} may mean any of {', '.join(ends)}; write one of these")
-    by_last = {each.rsplit(".", 1)[-1]: each for each in known}
-    hint = nearest(key, known) or nearest(key.rsplit(".", 1)[-1], by_last)
-    raise ZooError(f"unknown key {one_line(key)!r}{hint}")
+    raise ZooError(f"unknown key {one_line(key)!r}{_nearest_key(key, known)}")
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -237,9 +241,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ZooError(f"--set takes KEY=VALUE, such as optimizer.lr=3e-4. Got {one_line(text)!r}")
     try:
-        return key.strip(), tomllib.loads(f"value = {raw.strip()}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
-        return key.strip(), raw.strip()
+        parsed = tomllib.loads(f"value = {raw.strip()}")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        parsed = {}
+    plain = len(parsed) == 1 and isinstance(parsed["value"], (str, int, float, list, dict))
+    return key.strip(), parsed["value"] if plain else raw.strip()
 
 
 def list_recipes(root: Home | None = None) -> dict[str, Path]:
@@ -259,33 +265,121 @@ def _unknown_keys(table: dict[str, Any]) -> list[str]:
     known = known_keys()
     faults = []
     for key, value in table.items():
-        if key not in known:
-            faults.append(f"unknown key {one_line(key)!r}{nearest(key, known)}")
+        if key == "name":
+            faults.append(
+                "unknown key 'name'; a recipe has the name of its file, [model] that of its network"
+            )
+        elif key not in known:
+            faults.append(f"unknown key {one_line(key)!r}{_nearest_key(key, known)}")
         elif known[key] is not None and isinstance(value, dict):
-            fields = {full.split(".", 1)[1]: full for full in known if full.startswith(f"{key}.")}
-            for inner in value:
-                if inner not in fields:
-                    hint = nearest(inner, fields) or f"; [{key}] knows {', '.join(fields)}"
-                    faults.append(f"unknown key {one_line(f'{key}.{inner}')!r}{hint}")
+            inside = {full for full in known if full.startswith(f"{key}.")}
+            names = ", ".join(sorted(full.removeprefix(f"{key}.") for full in inside))
+            for full in (f"{key}.{inner}" for inner in value):
+                if full not in inside:
+                    hint = (
+                        _nearest_key(full, inside) or _nearest_key(full, known) or f"; [{key}] knows {names}"
+                    )
+                    faults.append(f"unknown key {one_line(full)!r}{hint}")
     return faults
 
 
-def _say(error: Any) -> str:
+def _nearest_key(key: str, allowed: Iterable[str]) -> str:
+    """Return a hint with the whole dotted key whose last part is the closest, or an empty string."""
+    by_last = {full.rsplit(".", 1)[-1]: full for full in sorted(allowed, reverse=True)}
+    close = difflib.get_close_matches(key.rsplit(".", 1)[-1].lower(), by_last, n=1, cutoff=0.6)
+    return f"; did you mean {by_last[close[0]]!r}?" if close else ""
+
+
+def _validate(table: dict[str, Any], name: str) -> tuple[Recipe | None, dict[str, str]]:
+    """Return the recipe or None, and what is wrong by dotted key; empty text for a key that is unknown."""
+    try:
+        return Recipe.model_validate({**table, "name": name}), _not_finite(table)
+    except ValidationError as error:
+        wrong: dict[str, str] = {}
+        for each in error.errors():
+            key = _place(each["loc"])
+            wrong.setdefault(key, "" if each["type"] == "extra_forbidden" else _say(key, each))
+        return None, wrong | _not_finite(table)
+
+
+def _not_finite(table: dict[str, Any]) -> dict[str, str]:
+    """Return a fault for each number that is not finite where the schema leaves the values free."""
+
+    def walk(value: Any, key: str) -> Iterator[tuple[str, float]]:
+        if isinstance(value, dict):
+            for inner, each in value.items():
+                yield from walk(each, f"{key}.{inner}")
+        elif isinstance(value, list):
+            for place, each in enumerate(value):
+                yield from walk(each, f"{key}[{place}]")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield key, value
+
+    augment = table.get("augment")
+    transforms = augment.get("transforms") if isinstance(augment, dict) else None
+    found = [*walk(transforms, "augment.transforms"), *walk(table.get("search"), "search")]
+    return {key: f"{one_line(key)} must be a finite number. Got {value}" for key, value in found}
+
+
+# Tables and lists whose own keys or places the schema does not name.
+_OPEN = ("model.options", "model.mean", "model.std", "augment.transforms", "search")
+_ALLOWED = {
+    "workers": "'auto' or a whole number from 0 to 256",
+    "device": "'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'",
+    "model.options": "a table of text, finite numbers, true or false",
+    "model.mean": "a list of three numbers",
+    "model.std": "a list of three numbers above 0",
+}
+_NAMES = {"workers": "auto", "device": "auto, cpu, mps, cuda"}
+_ALLOWED_BY_TYPE = {
+    "model_type": "a table",
+    "dict_type": "a table",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "string_type": "text in quotes",
+    "string_too_short": "text that is not empty",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+}
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Return the dotted key of one of pydantic's places; what it adds for unions is left out."""
+    known, key = known_keys(), ""
+    for part in loc:
+        longer = f"{key}.{part}" if key else str(part)
+        if longer not in known and key in _OPEN:
+            return f"{key}[{part}]" if isinstance(part, int) else longer
+        if longer not in known and key:
+            break
+        key = longer
+    return key
+
+
+def _say(key: str, error: Any) -> str:
     """Return one of pydantic's faults as what, allowed, got."""
-    places = [str(part) for part in error["loc"] if part not in ("constrained-int", "constrained-float")]
-    known = known_keys()
-    while len(places) > 1 and ".".join(places) not in known and not places[-1].isdigit():
-        places.pop()
-    key = ".".join(places)
-    if error["type"] == "missing":
+    kind, given = error["type"], error["input"]
+    whole, inside, _ = key.partition("[")
+    if kind == "value_error":
+        return f"{key}: {error['ctx']['error']}"
+    if kind == "missing" and not inside:
         return f"{key} is missing; give it a value"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if error["type"] == "value_error":
-        return f"{key}: {message}"
+    if kind == "missing":
+        key, inside = whole, ""
+    allowed = _ALLOWED_BY_TYPE.get(kind) or error["msg"].removeprefix("Input should be ")
+    allowed = _ALLOWED.get(key, allowed)
     hint = ""
-    if error["type"] == "literal_error" and isinstance(error["input"], str):
-        hint = nearest(error["input"], error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
-    return f"{key} {message}. Got {one_line(repr(error['input']), 80)}{hint}"
+    if isinstance(given, str):
+        names = _NAMES.get(key) or error.get("ctx", {}).get("expected", "").replace("'", "")
+        hint = nearest(given, names.replace(" or ", ", ").split(", ")) if names else ""
+        if kind in ("int_type", "float_type") and key not in _NAMES:
+            hint = "; write a number without quotes"
+    if key.startswith("model.options."):
+        allowed, hint = "text, a finite number, true or false", ""
+    return f"{one_line(key)} must be {allowed}. Got {one_line(repr(given), 80)}{hint}"
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
@@ -307,16 +401,50 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if recipe.schedule.warmup_epochs >= tune.epochs and recipe.schedule.warmup_epochs > 0:
         faults.append(
             f"schedule.warmup_epochs must be below finetune.epochs ({tune.epochs}). "
-            f"Got {recipe.schedule.warmup_epochs:g}"
+            f"Got {_number(recipe.schedule.warmup_epochs)}"
         )
     return faults
 
 
-def _search_faults(recipe: Recipe) -> list[str]:
-    known, faults = known_keys(), []
-    for key, space in recipe.search.items():
+def _number(value: float) -> str:
+    """Return a number as a person writes it: whole ones without a point."""
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+
+
+# What says nothing about how well a recipe does.
+_NOT_SEARCHED = ("summary", "source", "workers", "device", "search", "model.name")
+
+
+def _search_faults(table: dict[str, Any]) -> list[str]:
+    """Return what is wrong with `[search]`: its keys, their spaces, and every value that these name."""
+    known, spaces, faults = known_keys(), table.get("search"), []
+    for key, space in spaces.items() if isinstance(spaces, dict) else ():
+        if not isinstance(space, dict):
+            continue  # said by the schema
         if key not in known:
-            faults.append(f"search: unknown key {one_line(key)!r}{nearest(key, known)}")
-        elif not ("choices" in space or {"low", "high"} <= set(space)):
-            faults.append(f"search.{key!r} must have low and high, or choices. Got {sorted(space)}")
+            faults.append(f"search: unknown key {one_line(key)!r}{_nearest_key(key, known)}")
+        elif known[key] is not None or key in _NOT_SEARCHED:
+            faults.append(f"search: {key!r} cannot be varied; name a value such as 'optimizer.lr'")
+        elif fault := _space_fault(space):
+            faults.append(f"search: {key!r} {fault}")
+        else:
+            for value in space.get("choices") or [space["low"], space["high"]]:
+                _, wrong = _validate({**_set(table, key, value), "search": {}}, "search")
+                faults += [f"search: {wrong[place]}" for place in wrong if place.partition("[")[0] == key]
     return faults
+
+
+def _space_fault(space: dict[str, Any]) -> str:
+    """Return what is wrong with one key's space, or nothing."""
+    got = f"Got {one_line(space, 80)}"
+    if set(space) == {"choices"}:
+        listed = isinstance(space["choices"], list) and space["choices"]
+        return "" if listed else f"must have choices = [...] that are not empty. {got}"
+    if not {"low", "high"} <= set(space) <= {"low", "high", "log"}:
+        return f"must have low and high, and log = true if wanted, or choices. {got}"
+    numbers = [space["low"], space["high"]]
+    if any(isinstance(each, bool) or not isinstance(each, (int, float)) for each in numbers):
+        return f"must have numbers as low and high. {got}"
+    if not isinstance(space.get("log", False), bool) or not numbers[0] < numbers[1]:
+        return f"must have low below high, and log = true or false. {got}"
+    return f"must have low above 0 where log is true. {got}" if space.get("log") and numbers[0] <= 0 else ""

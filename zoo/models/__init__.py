@@ -1,1 +1,1 @@
-"""Networks and weights in: the registry of models, the from-scratch CNN, and where pretrained weights come from."""
+"""Networks and weights in: the registry, the from-scratch CNN, and where pretrained weights come from."""

@@ -1,4 +1,4 @@
-"""The from-scratch CNN, and what every network is asked: is it buildable, how large is it, where is its classifier."""
+"""The from-scratch CNN; and of every network: can it be built, how large is it, which layer classifies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def conv_norm(channels_in: int, channels_out: int, kernel: int = 3, stride: int 
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 conv-norm-act with a shortcut; a strided one averages in the shortcut (ResNet-D, 1812.01187)."""
+    """Two 3x3 conv-norm-act and a shortcut, averaged where it is strided (ResNet-D, arXiv 1812.01187)."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
         super().__init__()
@@ -56,11 +56,11 @@ class ResidualBlock(nn.Module):
 
 
 class SimpleCNN(nn.Module):
-    """A small residual CNN for training from scratch: 0.5 million parameters at the default width.
+    """A small residual CNN for training from scratch: 0.4 million parameters at the default width.
 
-    Input (N, 3, H, W) with H, W >= 16; output logits (N, num_classes). The stem and three stages halve the size
-    to 1/16, early, so that it is quick on a CPU. drop_rate: dropout before the classifier. width: channels of the
-    first stage, the others have twice and four times as many.
+    Input (N, 3, H, W) with H, W >= 16; output logits (N, num_classes). The stem and three stages halve the
+    size to 1/16, early, so that it is quick on a CPU. drop_rate: dropout before the classifier. width:
+    channels of the first stage, the others have twice and four times as many.
 
     >>> SimpleCNN(num_classes=3)(torch.zeros(2, 3, 16, 16)).shape
     torch.Size([2, 3])
@@ -114,17 +114,18 @@ class SimpleCNN(nn.Module):
         return self.fc
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's grouping of parameters for layer-wise decay: stem, then stages (or blocks), then head."""
+        """Return timm's grouping of parameters for layer-wise decay: stem, stages (or their blocks), head."""
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
 
 
-def build_timm(  # noqa: PLR0917 - one call each from the check and from the build
+def build_timm(
     name: str,
     num_classes: int,
-    image_size: int | None,
-    drop_rate: float,
-    drop_path_rate: float,
-    options: Options,
+    *,
+    image_size: int | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    options: Options = (),
 ) -> nn.Module:
     """Return timm's network of that `arch` or `arch.tag` with random weights, on torch's default device.
 
@@ -156,7 +157,8 @@ def _refusal(name: str, image_size: int | None, options: Options, error: Excepti
         return ZooError(f"model.options: {name!r} has no option {one_line(key)!r}; leave it out")
     asked = [f"image_size {image_size}"] if image_size else []
     asked += [f"options {one_line(dict(options), 80)}"] if options else []
-    fix = f"change model.{asked[-1].split(maxsplit=1)[0]}, or leave it out" if asked else "choose another model"
+    key = asked[-1].split(maxsplit=1)[0] if asked else ""
+    fix = f"change model.{key}, or leave it out" if key else "choose another model"
     wanted = f" with {' and '.join(asked)}" if asked else ""
     return ZooError(f"timm cannot build {name!r}{wanted}: {one_line(error, 160)}; {fix}")
 
@@ -166,21 +168,17 @@ def check_options(options: dict[str, Any]) -> Options:
     for key in options:
         if key in _RESERVED:
             raise ZooError(f"model.options must not hold {key!r}: {_RESERVED[key]}")
-    return tuple(sorted(options.items()))
+    return tuple(sorted((key, tuple(x) if isinstance(x, list) else x) for key, x in options.items()))
 
 
 @lru_cache(maxsize=256)
-def check_timm(
-    name: str, num_classes: int, image_size: int, fixed_size: int | None, rates: tuple[float, float], options: Options
-) -> None:
-    """Raise ZooError unless timm's network maps images of image_size pixels to logits of num_classes.
+def check_timm(name: str, num_classes: int, pixels: int, **build: Any) -> None:
+    """Raise ZooError unless timm's network maps images of that many pixels a side to logits of num_classes.
 
-    It runs on torch's meta device: no memory, no arithmetic, the same refusals. fixed_size: the size to build
-    with, None where the architecture takes any.
+    build: what `build_timm` takes. Runs on torch's meta device: no memory, no arithmetic, the same refusals.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-        model = build_timm(name, num_classes, fixed_size, *rates, options).eval()
-        check_forward(model, name, num_classes, image_size)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        check_forward(build_timm(name, num_classes, **build), name, num_classes, pixels)
 
 
 def check_forward(model: nn.Module, name: str, num_classes: int, image_size: int) -> None:
@@ -212,22 +210,22 @@ def check_forward(model: nn.Module, name: str, num_classes: int, image_size: int
 def count_params(arch: str) -> int:
     """Return the number of parameters of simple_cnn's or timm's architecture with 1000 classes."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = SimpleCNN(1000) if arch == "simple_cnn" else build_timm(arch, 1000, None, 0.0, 0.0, ())
+        model = SimpleCNN(1000) if arch == "simple_cnn" else build_timm(arch, 1000)
     return sum(each.numel() for each in model.parameters())
 
 
 def count_own_params(build: Callable[..., Any]) -> int | None:
-    """Return the number of parameters that a user's function builds for 1000 classes, None where it cannot say."""
+    """Return the number of parameters of a user's network for 1000 classes; None where it cannot be told."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return sum(each.numel() for each in build(1000).parameters())
+            return sum(int(each.numel()) for each in build(1000).parameters())
     except Exception:
         # A listing must not fail because foreign code cannot run without memory behind its tensors.
         return None
 
 
 def classifiers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return dotted name and module of every final classifier; several for distilled and multi-branch networks.
+    """Return dotted name and module of every final classifier; several for distilled and branched networks.
 
     It is what the model's `get_classifier()` gives, else the last nn.Linear, of num_classes outputs where the
     model says its num_classes. Raises ZooError where there is none.
@@ -240,16 +238,13 @@ def classifiers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = [(name, each) for name, each in found if not isinstance(each, nn.Identity)]
     if not found:
         classes = getattr(model, "num_classes", None)
-        linear = [
-            (name, each)
-            for name, each in model.named_modules()
-            if isinstance(each, nn.Linear) and each.out_features == (classes or each.out_features)
-        ]
-        found = linear[-1:]
+        for name, each in model.named_modules():
+            if isinstance(each, nn.Linear) and each.out_features == (classes or each.out_features):
+                found = [(name, each)]
     if not found:
         raise ZooError(
-            f"{type(model).__name__} has no classifier that can be found; give it a method get_classifier() that "
-            "returns its last layer, or choose another model"
+            f"{type(model).__name__} has no classifier that can be found; give it a method get_classifier() "
+            "that returns its last layer, or choose another model"
         )
     return found
 
@@ -257,7 +252,7 @@ def classifiers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def classifier_of(model: nn.Module) -> tuple[str, nn.Module]:
     """Return dotted name and module of the one final classifier.
 
-    Raises ZooError where there is none, or several (distilled networks): those are trained with strategy full.
+    Raises ZooError where there is none, or several (distilled networks): strategy full trains those.
 
     >>> classifier_of(SimpleCNN(3))
     ('fc', Linear(in_features=128, out_features=3, bias=True))
@@ -265,7 +260,7 @@ def classifier_of(model: nn.Module) -> tuple[str, nn.Module]:
     found = classifiers_of(model)
     if len(found) > 1:
         raise ZooError(
-            f"{type(model).__name__} has {len(found)} classifiers ({', '.join(name for name, _ in found)}) where "
-            "one is needed; use finetune.strategy = 'full', or choose another model"
+            f"{type(model).__name__} has {len(found)} classifiers ({', '.join(name for name, _ in found)}) "
+            "where one is needed; use finetune.strategy = 'full', or choose another model"
         )
     return found[0]

@@ -1,0 +1,231 @@
+"""Bytes to pixels: the one path for import, training, prediction and serving."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from zoo.errors import ZooError, one_line
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+MAX_PIXELS = 64_000_000
+MAX_ASPECT = 4
+FORMATS = "PNG, JPEG, BMP, TIFF, WEBP, GIF, PPM"
+
+# A file's first bytes name its reader; Pillow's own search would also try formats that run other programs.
+_READERS: tuple[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
+    (re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
+    (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
+    (re.compile(rb"(II|MM)(\*\0|\0\*|\+\0|\0\+)"), TiffImagePlugin.TiffImageFile),
+    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
+    (re.compile(rb"GIF8[79]a"), GifImagePlugin.GifImageFile),
+    (re.compile(rb"P[1-6fF]\s"), PpmImagePlugin.PpmImageFile),
+)
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_CUT_OFF = re.compile(
+    r"truncated|not enough|unexpected end|buffer overrun|incomplete|end of file|broken data|no more data",
+    re.I,
+)
+_TIFF_TILE = (322, 323, 278)  # TileWidth, TileLength, RowsPerStrip
+
+# Without any handler Python prints Pillow's complaints about odd TIFFs on standard error.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+class BadImage(ZooError):  # noqa: N818
+    """An image that cannot be used; the message is the reason in a few words, without the file's name."""
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Return an encoded image as uint8 RGB pixels of shape (height, width, 3).
+
+    The same bytes give the same pixels for every caller. EXIF orientation is applied; of an animation the
+    first frame counts; transparency is laid over white, and an alpha channel that is opaque changes nothing.
+    Grey of 16 bits, or of 32-bit integers within 0 to 65535, is scaled linearly from [0, 65535] to [0, 255];
+    nothing is stretched or clipped. The header's size is checked before any pixel is decoded.
+
+    Raises BadImage, and nothing else, for whatever is no whole image of PNG, JPEG, BMP, TIFF, WEBP, GIF or
+    PPM, or has more than `max_pixels` pixels, floating-point pixels, or 32-bit values above 65535.
+    """
+    if not data:
+        raise BadImage("zero bytes")
+    reader = next((reader for magic, reader in _READERS if magic.match(data)), None)
+    if reader is None:
+        raise BadImage(f"no image ({FORMATS})")
+    try:
+        with _quiet_pillow(), reader(io.BytesIO(data)) as image:
+            _check_header(image, data, max_pixels)
+            image.load()
+            return _upright(_to_rgb(image), image)
+    except BadImage:
+        raise
+    except (
+        Exception
+    ) as error:  # Pillow's readers raise a dozen kinds, AssertionError and struct.error among them
+        raise BadImage(_reason(error)) from error
+
+
+def resize(pixels: Pixels, size: int, interpolation: str) -> Pixels:
+    """Return the image with its shorter side of exactly `size` pixels, the aspect kept, antialiased.
+
+    pixels: uint8 (height, width, 3). The long side is int(size * long / short), torchvision's rule. An image
+    longer than 4:1 is first centre-cropped to 4:1, which bounds the memory. interpolation: `nearest`,
+    `bilinear`, `bicubic` or `lanczos`. An image that has the size already is copied.
+
+    >>> resize(np.zeros((100, 150, 3), np.uint8), 50, "bilinear").shape
+    (50, 75, 3)
+    >>> resize(np.zeros((1, 999, 3), np.uint8), 8, "bicubic").shape
+    (8, 32, 3)
+    """
+    height, width = pixels.shape[:2]
+    longest = MAX_ASPECT * min(height, width)
+    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+    pixels = pixels[top : top + longest, left : left + longest]
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    if short == size:
+        return pixels.copy()
+    new_height = size if height == short else int(size * height / short)
+    new_width = size if width == short else int(size * width / short)
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.array(image.resize((new_width, new_height), _RESAMPLING[interpolation]))
+
+
+def pixel_sha256(pixels: Pixels) -> str:
+    """Return the SHA-256 over an image's shape and pixels: equal for images that decode to the same.
+
+    >>> pixel_sha256(np.zeros((2, 3, 3), np.uint8)) == pixel_sha256(np.zeros((3, 2, 3), np.uint8))
+    False
+    """
+    digest = hashlib.sha256(repr(tuple(int(side) for side in pixels.shape)).encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
+
+
+def _check_header(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> None:
+    """Raise BadImage for what would cost too much memory or time, before any pixel is decoded."""
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise BadImage(f"unreadable: {width} x {height} pixels")
+    if width * height > max_pixels:
+        raise BadImage(f"too large: {width} x {height} pixels, more than {max_pixels}")
+    if image.mode == "F":
+        raise BadImage("floating-point pixels; save it with 8 or 16 bits")
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tile_width, tile_height, rows = (image.tag_v2.get(tag) or 1 for tag in _TIFF_TILE)
+        if tile_width * tile_height > max_pixels or min(rows, height) * width > max_pixels:
+            raise BadImage("too large: tiles of more pixels than an image may have")
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        # Each scan of a progressive file goes over the whole image: a few kB can cost minutes.
+        scans = data.count(b"\xff\xda")
+        if scans > 16 and scans * width * height > 16 * max_pixels:
+            raise BadImage(f"too large: {scans} scans of {width} x {height} pixels")
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    if image.mode.startswith("I"):
+        grey = _scale_16_bits(np.asarray(image))
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            white = Image.new("RGB", image.size, (255, 255, 255))
+            white.paste(image.convert("RGB"), mask=alpha)
+            return np.array(white)
+    return np.array(image.convert("RGB"))
+
+
+def _scale_16_bits(values: np.ndarray[Any, Any]) -> Pixels:
+    """Return [0, 65535] as [0, 255], rounded; 65535 is 257 times 255, so eight-bit values come back."""
+    if values.dtype.itemsize > 2:
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            raise BadImage(f"32-bit values from {low} to {high}; they must lie within 0 to 65535")
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _upright(pixels: Pixels, image: Image.Image) -> Pixels:
+    """Turn the pixels as EXIF says (tag 0x0112, values 2 to 8); an unreadable EXIF block turns nothing.
+
+    Asked after loading: some PNGs carry the tag behind the pixels, and Pillow turns TIFFs by itself.
+    """
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:
+        return pixels
+    if not isinstance(orientation, int) or not 2 <= orientation <= 8:
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _reason(error: Exception) -> str:
+    text = one_line(error, 120)
+    if isinstance(error, EOFError) or _CUT_OFF.search(text):
+        return "truncated"
+    if isinstance(error, (Image.DecompressionBombError, MemoryError)):
+        return "too large"
+    return f"unreadable: {text or type(error).__name__}"
+
+
+_quiet_lock = threading.Lock()
+_quiet_depth = 0
+_quiet_filter: Any = None
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Silence Pillow's warnings about odd files, in whatever thread, and no other warnings.
+
+    `warnings.catch_warnings` swaps the filters of the whole process and is not safe in threads; here one
+    filter for Pillow's modules stands at the front as long as any thread decodes.
+    """
+    global _quiet_depth, _quiet_filter  # noqa: PLW0603
+    filters: Any = warnings.filters
+    with _quiet_lock:
+        _quiet_depth += 1
+        filters = warnings.filters
+        if not filters or filters[0] is not _quiet_filter:
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            _quiet_filter = warnings.filters[0]
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_depth -= 1
+            filters = warnings.filters
+            if _quiet_depth == 0 and _quiet_filter in filters:
+                filters.remove(_quiet_filter)

@@ -1,0 +1,345 @@
+"""The dataset on disk: `dataset.toml` and the manifest, written byte for byte alike, read with care."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from zoo.errors import ZooError, nearest, one_line
+from zoo.files import (
+    SCHEMA_VERSION,
+    Home,
+    atomic_writer,
+    check_name,
+    home,
+    read_toml,
+    sha256_bytes,
+    sha256_file,
+    write_toml,
+)
+from zoo.runs import SPLITS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("sample_id", "path", "label", "group", "split", "sha256", "pixel_sha256")
+BAD_IMAGES = ("fail", "skip")
+Row = tuple[str, str, str, str, str, str, str]
+Progress = Callable[[int, int], None]
+
+_OWN_KEYS = ("schema_version", "name", "root", "classes", "negative_class", "bad_images")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images with a manifest.
+
+    folder: `data/<name>`. root: the folder that the manifest's paths are relative to. classes: names in the
+    stored order, which is that of the network's outputs. negative_class: the class of the healthy, if there
+    is one. frame: the manifest, one row per image, sorted by path, all columns text. split_digest: SHA-256 of
+    the file `manifest.csv`, the identity of the split. bad_images: `fail` or `skip`. facts: the rest of
+    `dataset.toml`.
+    """
+
+    name: str
+    folder: Path
+    root: Path
+    classes: list[str]
+    negative_class: str | None
+    frame: pd.DataFrame
+    split_digest: str
+    bad_images: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def image_path(self, path: str) -> Path:
+        """Return where the image of a manifest's path lies."""
+        return self.root / path
+
+    def of_split(self, split: str) -> pd.DataFrame:
+        """Return the manifest's rows of a split, numbered from 0; raises ZooError for an unknown split."""
+        if split not in SPLITS:
+            raise ZooError(
+                f"split must be one of {', '.join(SPLITS)}. Got {one_line(split)!r}{nearest(split, SPLITS)}"
+            )
+        return self.frame[self.frame["split"] == split].reset_index(drop=True)
+
+
+def load_dataset(name: str, root: Home | None = None, *, make_builtin: bool = True) -> Dataset:
+    """Return the dataset `data/<name>` below the home; a built-in one is made on first use.
+
+    A dataset made just now has `facts["made_now"]`. Raises ZooError for an unknown name, and for a
+    `dataset.toml` or manifest that lacks something or contradicts itself.
+    """
+    root = root or home()
+    folder = root.data / check_name(name, "dataset")
+    if not (folder / "dataset.toml").is_file():
+        from zoo.data.sources import builtin_names, import_dataset
+
+        if make_builtin and name in builtin_names():
+            made = import_dataset(name, name, root)
+            made.facts["made_now"] = True
+            return made
+        known = [each["name"] for each in list_datasets(root)]
+        raise ZooError(
+            f"there is no dataset {name!r}{nearest(name, known)}; import one with "
+            f"`zoo data import SOURCE --name {name}` (here are: {', '.join(known) or 'none'})"
+        )
+    record = _read_record(folder)
+    data = _read_bytes(folder / "manifest.csv")
+    rows = _parse_manifest(data, folder / "manifest.csv")
+    _check_rows(rows, record["classes"], folder / "manifest.csv")
+    return Dataset(
+        name=name,
+        folder=folder,
+        root=Path(os.path.normpath(folder.resolve() / record["root"])),
+        classes=list(record["classes"]),
+        negative_class=record.get("negative_class"),
+        frame=_frame(rows),
+        split_digest=sha256_bytes(data),
+        bad_images=record["bad_images"],
+        facts={key: value for key, value in record.items() if key not in _OWN_KEYS},
+    )
+
+
+def list_datasets(root: Home | None = None) -> list[dict[str, Any]]:
+    """Return name, status, images, classes and summary of every dataset here and of every built-in one.
+
+    status: `ready`, `built-in` (made on first use) or, for a `dataset.toml` that cannot be read,
+    `damaged: <why>`.
+    """
+    from zoo.data.sources import builtin_names
+
+    rows: dict[str, dict[str, Any]] = {
+        name: {"name": name, "status": "built-in", "images": None, "classes": None, "summary": summary}
+        for name, summary in builtin_names().items()
+    }
+    folder = (root or home()).data
+    for path in sorted(folder.glob("*/dataset.toml")):
+        name = path.parent.name
+        row: dict[str, Any] = {
+            "name": name,
+            "status": "ready",
+            "images": None,
+            "classes": None,
+            "summary": "",
+        }
+        try:
+            record = _read_record(path.parent)
+            row |= {"classes": len(record["classes"]), "summary": str(record.get("summary", ""))}
+            row["images"] = record.get("counts", {}).get("images")
+        except ZooError as error:
+            row["status"] = f"damaged: {error}"
+        rows[name] = row
+    return [rows[name] for name in sorted(rows)]
+
+
+def write_dataset(folder: Path, rows: Iterable[Row], record: dict[str, Any]) -> None:
+    """Write `manifest.csv`, sorted by path, then `dataset.toml`; the same input gives the same bytes.
+
+    record: name, root (relative to folder, or absolute), classes, negative_class, bad_images, and facts.
+    Raises ZooError, and writes nothing, where the rows would not be read back.
+    """
+    rows = sorted(rows, key=lambda row: row[1])
+    _check_record(record, folder / "dataset.toml")
+    _check_rows(rows, record["classes"], folder / "manifest.csv")
+    data = manifest_bytes(rows)
+    with atomic_writer(folder / "manifest.csv") as stream:
+        stream.write(data)
+    write_toml(folder / "dataset.toml", {"schema_version": SCHEMA_VERSION, **record})
+
+
+def manifest_bytes(rows: Iterable[Row]) -> bytes:
+    r"""Return the content of `manifest.csv`: UTF-8, lines end in \n, fields quoted only if need be.
+
+    >>> manifest_bytes([("1", "a, b.png", "=x", "g", "val", "0", "0")]).decode().splitlines()[1]
+    '1,"a, b.png",=x,g,val,0,0'
+    """
+    # Not csv.writer: versions of Python differ in whether a lone carriage return is quoted.
+    return "".join(",".join(map(_quoted, row)) + "\n" for row in (COLUMNS, *rows)).encode("utf-8")
+
+
+def _quoted(text: str) -> str:
+    if any(mark in text for mark in '",\r\n'):
+        return '"' + text.replace('"', '""') + '"'
+    return text
+
+
+def split_summary(dataset: Dataset) -> dict[str, Any]:
+    """Return dataset, split_digest and, per split, the number of images, of groups, and of images by class."""
+    splits = {}
+    for split in SPLITS:
+        rows = dataset.of_split(split)
+        counts = Counter(rows["label"])
+        splits[split] = {
+            "images": len(rows),
+            "groups": int(rows["group"].nunique()),
+            "classes": {label: counts[label] for label in dataset.classes},
+        }
+    return {"dataset": dataset.name, "split_digest": dataset.split_digest, "splits": splits}
+
+
+def verify_files(
+    dataset: Dataset, splits: Sequence[str] = SPLITS, progress: Progress | None = None
+) -> list[tuple[str, str, str]]:
+    """Return (sample_id, path, reason) of every image of the splits that is gone or changed since the import.
+
+    Every file is read and hashed; remembering the answer is up to the caller.
+    """
+    chosen = dataset.frame[dataset.frame["split"].isin(list(splits))]
+    items = list(zip(chosen["sample_id"], chosen["path"], chosen["sha256"], strict=True))
+    found = []
+    reasons = map_files(lambda item: _file_fault(dataset.image_path(item[1]), item[2]), items)
+    for number, ((sample_id, path, _), reason) in enumerate(zip(items, reasons, strict=True), start=1):
+        if reason:
+            found.append((sample_id, path, reason))
+        if progress:
+            progress(number, len(items))
+    return found
+
+
+def map_files(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield function of each item, in order, computed in as many threads as there are cores.
+
+    Only a few dozen items are under way at once, so that results do not pile up; an error stops the rest.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    left = iter(items)
+    with ThreadPoolExecutor(cores) as pool:
+        waiting: deque[Future[Result]] = deque(
+            pool.submit(function, item) for item in itertools.islice(left, cores * 8)
+        )
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in itertools.islice(left, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _file_fault(path: Path, digest: str) -> str:
+    try:
+        return "" if sha256_file(path) == digest else "changed since the import"
+    except FileNotFoundError:
+        return "gone"
+    except OSError as error:
+        return one_line(error.strerror or error)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ZooError(
+            f"cannot read {str(path)!r}: {one_line(error.strerror or error)}; import the dataset again"
+        ) from error
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    record = read_toml(folder / "dataset.toml")
+    _check_record(record, folder / "dataset.toml")
+    return record
+
+
+def _check_record(record: dict[str, Any], path: Path) -> None:
+    classes, negative = record.get("classes"), record.get("negative_class")
+    faults = []
+    if not isinstance(record.get("root"), str) or not record["root"]:
+        faults.append("root must be the folder of the images")
+    if (
+        not isinstance(classes, list)
+        or len(classes) < 2
+        or not all(isinstance(label, str) and label for label in classes)
+        or len(set(classes)) < len(classes)
+    ):
+        faults.append("classes must be a list of two or more different names")
+    elif negative is not None and negative not in classes:
+        faults.append(f"negative_class must be one of the classes. Got {one_line(repr(negative))}")
+    if record.get("bad_images") not in BAD_IMAGES:
+        faults.append(f"bad_images must be fail or skip. Got {one_line(repr(record.get('bad_images')))}")
+    if faults:
+        raise ZooError(f"{one_line(path)!r}: {'; '.join(faults)}; import the dataset again")
+
+
+def _parse_manifest(data: bytes, path: Path) -> list[Row]:
+    try:
+        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        header = next(reader, [])
+        missing = [column for column in COLUMNS if column not in header]
+        if missing:
+            raise ZooError(f"{one_line(path)!r} has no column {', '.join(missing)}; import the dataset again")
+        places = [header.index(column) for column in COLUMNS]
+        rows: list[Row] = []
+        for cells in reader:
+            if len(cells) != len(header):
+                raise ZooError(
+                    f"{one_line(path)!r} line {reader.line_num}: {len(cells)} fields where the header has "
+                    f"{len(header)}"
+                )
+            rows.append(tuple(cells[place] for place in places))  # type: ignore[arg-type]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ZooError(
+            f"{one_line(path)!r} is no valid CSV: {one_line(error)}; import the dataset again"
+        ) from error
+    return rows
+
+
+def _check_rows(rows: Sequence[Row], classes: Sequence[str], path: Path) -> None:
+    """Raise ZooError for the first row, split or class that contradicts the rest."""
+    allowed, ids, paths = set(classes), set[str](), set[str]()
+    standing: set[tuple[str, str]] = set()
+    for sample_id, image, label, group, split, *_ in rows:
+        reason = ""
+        if split not in SPLITS:
+            reason = (
+                f"split must be one of {', '.join(SPLITS)}. Got {one_line(split)!r}{nearest(split, SPLITS)}"
+            )
+        elif label not in allowed:
+            reason = (
+                f"label {one_line(label)!r} is not among the classes of dataset.toml{nearest(label, classes)}"
+            )
+        elif not image or image.startswith("/") or ".." in image.split("/") or _has_drive(image):
+            reason = "its path must lie below the dataset's root, without '..'"
+        elif not sample_id or sample_id in ids:
+            reason = f"sample_id {one_line(sample_id)!r} must be there and be unique"
+        elif image in paths:
+            reason = "its path stands there twice"
+        elif not group:
+            reason = "its group is empty"
+        if reason:
+            raise ZooError(f"{one_line(path)!r}, image {one_line(image)!r}: {reason}")
+        ids.add(sample_id)
+        paths.add(image)
+        standing.add((split, label))
+    for split in SPLITS:
+        if not any(each == split for each, _ in standing):
+            raise ZooError(
+                f"{one_line(path)!r}: split {split!r} has no image; split again with `zoo data split`"
+            )
+    for label in classes:
+        if ("train", label) not in standing:
+            raise ZooError(
+                f"{one_line(path)!r}: class {one_line(label)!r} has no image in train; split again with "
+                "`zoo data split`, or leave the class out"
+            )
+
+
+def _has_drive(image: str) -> bool:
+    return ":" in image and Path(image).is_absolute()
+
+
+def _frame(rows: Sequence[Row]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(list(rows), columns=list(COLUMNS), dtype="str")

@@ -1,0 +1,1 @@
+"""Deployment: from a trained run to predictions on new images."""

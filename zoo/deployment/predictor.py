@@ -1,0 +1,151 @@
+"""Predicting new images with a finished run: the same decoding and preprocessing as in training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from zoo.data.decode import BadImage, decode, resize
+from zoo.data.transforms import center_crop, normalise_tensor
+from zoo.errors import ZooError, one_line
+from zoo.files import Home
+from zoo.runs import Preprocessing, Run, RunRecord, find_run
+from zoo.training.precision import PrecisionPlan, choose_device, set_threads
+from zoo.training.scoring import finished_record, load_model
+
+IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of one image: scores per class in [0, 1], or the reason why there are none."""
+
+    path: str
+    label: str | None
+    scores: dict[str, float]
+    refer: bool
+    error: str | None
+
+    def row(self) -> dict[str, Any]:
+        """Return the prediction as one line of JSON has it."""
+        return {
+            "path": self.path,
+            "label": self.label,
+            "scores": self.scores,
+            "refer": self.refer,
+            "error": self.error,
+        }
+
+
+class Predictor:
+    """A network together with the preprocessing and the class names that belong to it."""
+
+    def __init__(
+        self, model: nn.Module, preprocessing: Preprocessing, classes: list[str], precision: PrecisionPlan
+    ) -> None:
+        self.model, self.preprocessing, self.classes = model, preprocessing, list(classes)
+        self.precision = precision
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def load(cls, source: Run | str | os.PathLike[str], root: Home | None = None, device: str = "auto") -> Predictor:
+        """Return the predictor of a finished run, given itself, by name, or by its folder.
+
+        Raises ZooError where there is no such run or it did not finish.
+        """
+        run = source if isinstance(source, Run) else find_run(os.fspath(source), root)
+        record: RunRecord = finished_record(run)
+        assert record.preprocessing is not None
+        set_threads()
+        chosen = choose_device(device)
+        dtype = record.precision.get("dtype", "float32")
+        if chosen.type != record.device.split(":")[0]:
+            dtype = "float32"
+        model = load_model(run, root, str(chosen))
+        return cls(model, record.preprocessing, record.classes, PrecisionPlan(dtype, channels_last=True))
+
+    def pixels(self, data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return the network's view of an encoded image: uint8 of shape (size, size, 3).
+
+        Raises BadImage where it cannot be decoded.
+        """
+        resized = resize(decode(data), self.preprocessing.resize_size, self.preprocessing.interpolation)
+        return center_crop(resized, self.preprocessing.image_size)
+
+    def scores(self, batch: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return softmax scores (B, classes) of uint8 images (B, size, size, 3)."""
+        with torch.inference_mode(), self.precision.autocast(self.device):
+            images = normalise_tensor(torch.from_numpy(batch).to(self.device), self.preprocessing)
+            logits = self.model(self.precision.place(images))
+        found: np.ndarray[Any, np.dtype[np.float64]] = torch.softmax(logits.double(), 1).cpu().numpy()
+        return found
+
+    def predict(self, paths: Iterable[str | os.PathLike[str]], batch_size: int = 32) -> list[Prediction]:
+        """Return one prediction for each image file; folders are searched. Bad files are rows with a reason.
+
+        Raises ZooError where a path is not there or a folder holds no image.
+        """
+        return list(self.stream(find_images(paths), batch_size))
+
+    def stream(self, files: Iterable[Path], batch_size: int = 32) -> Iterator[Prediction]:
+        """Yield the predictions of image files in order, a batch at a time."""
+        waiting: list[Path] = []
+        for file in files:
+            waiting.append(file)
+            if len(waiting) == batch_size:
+                yield from self._batch(waiting)
+                waiting = []
+        if waiting:
+            yield from self._batch(waiting)
+
+    def _batch(self, files: list[Path]) -> Iterator[Prediction]:
+        images: dict[int, np.ndarray[Any, Any]] = {}
+        errors: dict[int, str] = {}
+        for place, file in enumerate(files):
+            try:
+                images[place] = self.pixels(file.read_bytes())
+            except OSError as error:
+                errors[place] = one_line(error.strerror or error)
+            except BadImage as error:
+                errors[place] = str(error)
+        scores = dict(zip(images, self.scores(np.stack(list(images.values()))), strict=True)) if images else {}
+        for place, file in enumerate(files):
+            if place in errors:
+                yield Prediction(str(file), None, {}, True, errors[place])
+                continue
+            row = scores[place]
+            named = {name: float(value) for name, value in zip(self.classes, row, strict=True)}
+            yield Prediction(str(file), self.classes[int(row.argmax())], named, False, None)
+
+
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Return the files that paths mean: a file is itself, a folder all images below it, in order of names.
+
+    Raises ZooError where a path is not there, a folder holds no image, or no path is given.
+    """
+    found: list[Path] = []
+    given = [Path(each).expanduser() for each in paths]
+    for path in given:
+        if path.is_dir():
+            inside = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not file.name.startswith(".")
+            )
+            if not inside:
+                raise ZooError(f"folder {one_line(path)!r} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ZooError(f"there is no file or folder {one_line(path)!r}; check the path")
+    if not found:
+        raise ZooError("no image was named; give files or folders")
+    return found

@@ -1,0 +1,1 @@
+"""From a predictions file to numbers: metrics, intervals, tests and floors. Nothing here needs torch."""

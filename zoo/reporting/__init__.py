@@ -1,0 +1,1 @@
+"""What people read: comparison tables and figures, made from run folders alone."""

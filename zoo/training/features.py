@@ -1,0 +1,138 @@
+"""Frozen-backbone features: computed once per network and split, and the head that is trained on them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from zoo.data.cache import Pixels
+from zoo.data.loader import fixed_batches
+from zoo.data.transforms import normalise_tensor
+from zoo.errors import ZooError
+from zoo.files import atomic_writer, digest_of
+from zoo.models.registry import classifier_of
+from zoo.runs import Preprocessing
+from zoo.training.plan import Plan
+from zoo.training.precision import PrecisionPlan
+
+FORWARD_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Features:
+    """What reaches the classifier for each image of a split, and what computing it cost.
+
+    values: (N, ...) float32. y_true: (N,) int64. seconds: of the forward pass that computed them.
+    """
+
+    values: torch.Tensor
+    y_true: torch.Tensor
+    seconds: float
+
+
+def forward_pixels(
+    model: nn.Module, pixels: Pixels, preprocessing: Preprocessing, plan: PrecisionPlan, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (features, logits) of a split, float32 on the CPU, in manifest order.
+
+    Features are the input of the final classifier, caught on its way in.
+    """
+    caught: list[torch.Tensor] = []
+    hook = None
+    try:
+        _, classifier = classifier_of(model)
+        hook = classifier.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].detach().float().cpu()))
+    except ZooError:
+        pass  # a network without one final classifier can still be scored
+    logits = []
+    model.eval()
+    try:
+        with torch.inference_mode(), plan.autocast(device):
+            for batch in fixed_batches(pixels, preprocessing.image_size, FORWARD_BATCH):
+                images = normalise_tensor(torch.from_numpy(batch).to(device), preprocessing)
+                logits.append(model(plan.place(images)).float().cpu())
+    finally:
+        if hook is not None:
+            hook.remove()
+    return (torch.cat(caught) if caught else torch.empty(len(pixels), 0)), torch.cat(logits)
+
+
+def split_features(
+    model: nn.Module, pixels: Pixels, split: str, plan: Plan, precision: PrecisionPlan, device: torch.device
+) -> Features:
+    """Return a split's features from the cache beside the dataset, computing them once.
+
+    Features of random weights differ for each seed and are not kept on disk.
+    """
+    key = digest_of(
+        [
+            plan.dataset.split_digest,
+            split,
+            pixels.skipped,
+            plan.spec.name,
+            plan.recipe.model.options,
+            plan.weights.sha256 if plan.weights else None,
+            plan.preprocessing.model_dump(),
+            precision.facts(),
+        ]
+    )
+    file = plan.dataset.folder / ".cache" / f"features-{split}-{key[:16]}.npz"
+    y_true = torch.from_numpy(pixels.y_true.copy())
+    stored = _read(file, len(pixels)) if plan.weights is not None else None
+    if stored is not None:
+        return Features(stored[0], y_true, stored[1])
+    started = time.perf_counter()
+    values, _ = forward_pixels(model, pixels, plan.preprocessing, precision, device)
+    seconds = time.perf_counter() - started
+    if plan.weights is not None:
+        with atomic_writer(file) as stream:
+            np.savez(stream, values=values.numpy(), seconds=np.float64(seconds))
+    return Features(values, y_true, seconds)
+
+
+def _read(file: Any, count: int) -> tuple[torch.Tensor, float] | None:
+    import zipfile
+
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            values, seconds = stored["values"], float(stored["seconds"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return (torch.from_numpy(values), seconds) if len(values) == count else None
+
+
+class StandardisedHead(nn.Module):
+    """A linear classifier on features scaled to mean 0 and deviation 1, which makes one learning rate fit all.
+
+    `fold` gives the same function as plain weights for the network's own classifier.
+    """
+
+    def __init__(self, classifier: nn.Module, values: torch.Tensor) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.scaled = isinstance(classifier, nn.Linear) and values.ndim == 2
+        if self.scaled:
+            mean, std = values.mean(0), values.std(0, correction=0)
+            self.register_buffer("mean", mean)
+            self.register_buffer("std", torch.where(std > 1e-6, std, torch.ones_like(std)))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, classes) of features (B, ...)."""
+        scaled = (values - self.mean) / self.std if self.scaled else values
+        logits: torch.Tensor = self.classifier(scaled)
+        return logits
+
+    def fold(self) -> dict[str, torch.Tensor]:
+        """Return the classifier's state dict for features that are not scaled."""
+        state = {key: value.detach().clone() for key, value in self.classifier.state_dict().items()}
+        if self.scaled:
+            weight = state["weight"] / self.std
+            shift = weight @ self.mean
+            state["bias"] = state["bias"] - shift if "bias" in state else -shift
+            state["weight"] = weight
+        return state

@@ -1,0 +1,125 @@
+"""Scoring a split: the kept weights in, the predictions file and its metrics out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from zoo.data.cache import ImageProgress, Pixels, open_pixels
+from zoo.data.manifest import load_dataset
+from zoo.errors import ZooError, one_line
+from zoo.evaluation.metrics import compute_metrics
+from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
+from zoo.files import Home, home, write_json
+from zoo.models.registry import create_model, find_model
+from zoo.runs import SPLITS, Run, RunRecord, find_run
+from zoo.training.features import forward_pixels
+from zoo.training.precision import PrecisionPlan, choose_device, set_threads
+
+
+def load_model(run: Run | str, root: Home | None = None, device: str = "cpu") -> nn.Module:
+    """Return a finished run's network with its kept weights, in evaluation mode.
+
+    Its preprocessing is `run.record.preprocessing`, its classes `run.record.classes`. Raises ZooError where the
+    run did not finish or its weights are damaged.
+    """
+    run = find_run(run, root) if isinstance(run, str) else run
+    record = finished_record(run)
+    assert record.preprocessing is not None
+    model = create_model(
+        find_model(record.model),
+        len(record.classes),
+        image_size=record.preprocessing.image_size,
+        options=dict(record.model_options),
+    )
+    try:
+        state = load_file(run.weights_file)
+    except (OSError, SafetensorError) as error:
+        raise ZooError(f"the weights of run {run.name!r} cannot be read: {one_line(error)}; train it again") from error
+    _grow_bias(model, state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ZooError(
+            f"the weights of run {run.name!r} do not fit {record.model!r}: {one_line(error, 200)}; train it again"
+        ) from error
+    return model.eval().to(choose_device(device), memory_format=torch.channels_last)
+
+
+def _grow_bias(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Give a bias to a linear layer that had none before the head was trained on standardised features."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.bias is None and f"{name}.bias" in state:
+            module.bias = nn.Parameter(torch.zeros(module.out_features))
+
+
+def finished_record(run: Run) -> RunRecord:
+    """Return a run's record; raises ZooError where it did not finish."""
+    record = run.record
+    if record.status != "finished" or record.preprocessing is None:
+        raise ZooError(f"run {run.name!r} did not finish: {record.reason}; train it again")
+    return record
+
+
+def score_split(
+    run: Run,
+    record: RunRecord,
+    model: nn.Module,
+    pixels: Pixels,
+    split: str,
+    precision: PrecisionPlan,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Write the predictions and metrics of a split, and return the metrics."""
+    assert record.preprocessing is not None
+    _, logits = forward_pixels(model, pixels, record.preprocessing, precision, device)
+    predictions = Predictions(pixels.sample_ids, pixels.groups, pixels.y_true, logits.numpy())
+    metrics = compute_metrics(predictions, record.classes, record.negative_class)
+    metrics["images_skipped"] = pixels.skipped
+    write_predictions(run.predictions_file(split), predictions)
+    write_json(run.metrics_file(split), {"run": run.name, "split": split, **metrics})
+    return metrics
+
+
+def evaluate(
+    run: Run | str,
+    split: str = "test",
+    root: Home | None = None,
+    *,
+    bad_images: str | None = None,
+    progress: ImageProgress | None = None,
+) -> dict[str, Any]:
+    """Score a finished run on a split once, and return the metrics; a split scored before is not scored again.
+
+    Raises ZooError where the run did not finish or the dataset's split is no longer the one it was trained on.
+    """
+    run = find_run(run, root) if isinstance(run, str) else run
+    if split not in SPLITS:
+        raise ZooError(f"split must be one of {', '.join(SPLITS)}. Got {one_line(split)!r}")
+    record = finished_record(run)
+    if run.metrics_file(split).is_file() and run.predictions_file(split).is_file():
+        return run.metrics(split)
+    dataset = load_dataset(record.dataset, root or home())
+    if dataset.split_digest != record.split_digest:
+        raise ZooError(
+            f"run {run.name!r} was trained on another split of {dataset.name!r} ({record.split_digest[:8]}, now "
+            f"{dataset.split_digest[:8]}); train it again"
+        )
+    assert record.preprocessing is not None
+    set_threads()
+    device = choose_device(record.device.split(":")[0] if torch.cuda.is_available() else "cpu")
+    # The number format is the run's own, so that what is scored is what was selected.
+    plan = PrecisionPlan(record.precision.get("dtype", "float32"), channels_last=True)
+    pixels = open_pixels(dataset, split, record.preprocessing, bad_images, progress)
+    return score_split(run, record, load_model(run, root, device.type), pixels, split, plan, device)
+
+
+def predictions_of(run: Run, split: str) -> Predictions:
+    """Return a run's predictions on a split; raises ZooError where it is not scored yet."""
+    if not run.predictions_file(split).is_file():
+        raise ZooError(f"run {run.name!r} is not scored on {split!r} yet; call evaluate(run, {split!r})")
+    return read_predictions(run.predictions_file(split))
