@@ -195,34 +195,38 @@ def _leave_out(found: Found, files: Iterator[Path], images_are: str = "") -> lis
     return images
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: Path) -> list[tuple[Path, bool]]:
+    """Return the path of each entry that counts, sorted, and whether it is a folder or a link to one."""
     try:
         with os.scandir(folder) as entries:
-            shown = [each for each in entries if not each.name.startswith(".") and each.name not in _IGNORED]
+            shown = [
+                (Path(each.path), Path(each.path).is_dir() if each.is_symlink() else each.is_dir())
+                for each in entries
+                if not each.name.startswith(".") and each.name not in _IGNORED
+            ]
     except OSError as error:
-        raise ZooError(
-            f"cannot read the folder {one_line(folder)!r}: {one_line(error.strerror or error)}"
-        ) from error
-    return sorted(shown, key=lambda each: each.name)
+        reason = one_line(error.strerror or error)
+        raise ZooError(f"cannot read the folder {one_line(folder)!r}: {reason}; check its rights") from error
+    return sorted(shown)
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [Path(each.path) for each in _entries(folder) if each.is_dir()]
+    return [path for path, is_folder in _entries(folder) if is_folder]
 
 
 def _files(
     folder: Path, deep: bool = True, above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[Path]:
     """Yield the files below a folder; links are followed, but not back to a folder that they lie in."""
-    facts = folder.stat()
+    entries, facts = _entries(folder), folder.stat()
     here = (facts.st_dev, facts.st_ino)
     if here in above:
         return
-    for each in _entries(folder):
-        if not each.is_dir():
-            yield Path(each.path)
+    for path, is_folder in entries:
+        if not is_folder:
+            yield path
         elif deep:
-            yield from _files(Path(each.path), deep, above | {here})
+            yield from _files(path, deep, above | {here})
 
 
 def find_in_csv(path: Path, path_column: str, label_column: str, group_column: str | None) -> Found:

@@ -175,7 +175,7 @@ def _quoted(text: str) -> str:
 
 
 def split_summary(dataset: Dataset) -> dict[str, Any]:
-    """Return dataset, split_digest and, per split, the number of images, of groups, and of images by class."""
+    """Return dataset, split_digest and, per split, how many images, groups, and images by class."""
     splits = {}
     for split in SPLITS:
         rows = dataset.of_split(split)

@@ -7,10 +7,8 @@ import re
 import shutil
 import stat
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,8 @@ from zoo.data.manifest import (
     map_files,
     write_dataset,
 )
-from zoo.data.split import (
-    DEFAULT_RATIOS,
-    check_enough_groups,
-    check_ratios,
-    check_seed,
-    groups_by_blocks,
-    groups_by_regex,
-    merge_identical,
-    split_into,
-)
+from zoo.data.rows import Grouping, split_rows
+from zoo.data.split import DEFAULT_RATIOS, check_ratios, check_seed
 from zoo.errors import ZooError, nearest, one_line
 from zoo.files import Home, check_name, home, read_toml, sha256_bytes, write_error
 from zoo.runs import SPLITS
@@ -44,32 +34,6 @@ MAX_FILE_BYTES = 1 << 30
 _NEGATIVE = re.compile(r"(?<![a-z])(normal|healthy|negative|controls?|no[ _-]*findings?)(?![a-z])")
 # What a person may write into dataset.toml by hand; importing the same again leaves it as it is.
 _DESCRIBED = ("summary", "licence", "source", "note", "medical")
-
-
-@dataclass(frozen=True)
-class _Grouping:
-    """How images are put into groups: by a column, a regex, blocks of file numbers, or each by itself."""
-
-    group_column: str | None = None
-    group_regex: str | None = None
-    group_blocks: int | None = None
-
-    def record(self) -> dict[str, Any]:
-        """Return the way that was asked for, as `dataset.toml` has it; raises ZooError for more than one."""
-        asked = {key: value for key, value in vars(self).items() if value is not None}
-        if len(asked) > 1:
-            raise ZooError(f"give at most one way of grouping. Got {' and '.join(asked)}")
-        return asked
-
-    def apply(self, found: Found) -> None:
-        """Set the images' groups, by regex or blocks; those of a column are there already."""
-        if self.group_regex is not None:
-            found.groups = groups_by_regex(found.paths, self.group_regex)
-        elif self.group_blocks is not None:
-            found.groups = groups_by_blocks(found.paths, found.labels, self.group_blocks)
-        else:
-            return
-        found.grouped_by = self.record()
 
 
 def import_dataset(
@@ -107,7 +71,7 @@ def import_dataset(
     """
     root = root or home()
     folder = root.data / check_name(name, "dataset")
-    grouping = _Grouping(group_column, group_regex, group_blocks)
+    grouping = Grouping(group_column, group_regex, group_blocks)
     grouping.record()
     check_ratios(ratios)
     check_seed(seed)
@@ -124,7 +88,7 @@ def import_dataset(
         )
         grouping.apply(found)
         kept, digests, skipped = _examine_all(found, bad_images, progress)
-        rows, facts = _split_rows(kept, digests, ratios, seed)
+        rows, facts = split_rows(kept, digests, ratios, seed)
         if copy and not found.root.is_relative_to(stage):
             _copy(kept, stage / "images")
         classes = _class_order({row[2] for row in rows})
@@ -163,7 +127,7 @@ def resplit_dataset(
     """
     dataset = load_dataset(name, root)
     old: dict[str, Any] = dataset.facts.get("split", {})
-    grouping = _Grouping(group_regex=group_regex, group_blocks=group_blocks)
+    grouping = Grouping(group_regex=group_regex, group_blocks=group_blocks)
     shipped = [] if force else list(old.get("shipped", []))
     if len(shipped) == len(SPLITS):
         if ratios is not None or seed is not None or grouping.record():
@@ -178,7 +142,7 @@ def resplit_dataset(
     )
     found.grouped_by = {key: value for key, value in old.items() if key.startswith("group_")}
     grouping.apply(found)
-    rows, facts = _split_rows(
+    rows, facts = split_rows(
         found,
         list(zip(frame["sha256"], frame["pixel_sha256"], strict=True)),
         ratios if ratios is not None else old.get("ratios", DEFAULT_RATIOS),
@@ -199,7 +163,7 @@ def builtin_names() -> dict[str, str]:
 def describe_import(dataset: Dataset) -> list[str]:
     """Return in sentences what a reader of the dataset's scores should know of its import."""
     split, counts = dataset.facts.get("split", {}), dataset.facts.get("counts", {})
-    said = [f"left out: {count} {what}" for what, count in dataset.facts.get("left_out", {}).items()]
+    said = [f"left out: {what}: {count}" for what, count in dataset.facts.get("left_out", {}).items()]
     if skipped := dataset.facts.get("skipped", {}):
         path, reason = next(iter(skipped.items()))
         said.append(
@@ -254,7 +218,11 @@ def _find(
             f"the option {one_line(next(iter(options)))!r} is for built-in data alone ({', '.join(known)})"
         )
     path = Path(source).expanduser()
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError:  # a name too long, a folder on the way that cannot be read
+        there = False
+    if not there:
         raise ZooError(
             f"there is nothing at {one_line(source)!r}{nearest(str(source), known)}; give a folder, a .csv "
             f"or .npz file, or built-in data ({', '.join(known)})"
@@ -341,86 +309,6 @@ def _examine(root: Path, path: str) -> tuple[str, str, str]:
         return "", "", one_line(error.strerror or error)
 
 
-def _split_rows(
-    found: Found, digests: Sequence[tuple[str, str]], ratios: Sequence[float], seed: int
-) -> tuple[list[Row], dict[str, Any]]:
-    """Return the manifest's rows and what `dataset.toml` says of the split and in counts.
-
-    Where splits are shipped, those missing are cut from train; images of one group, or of the same pixels,
-    stay together in what is cut, and leaks between shipped splits are counted.
-    """
-    labels, pixels = found.labels, [pixel for _, pixel in digests]
-    ids = [sha256_bytes(path.encode())[:16] for path in found.paths]
-    if len(set(ids)) < len(ids):
-        raise ZooError("two images have one sample_id: their paths' digests collide; rename one of them")
-    _check_classes(labels)
-    own = [group or sample_id for group, sample_id in zip(found.groups or [""] * len(ids), ids, strict=True)]
-    keys = [f"{split} {pixel}" for split, pixel in zip(found.splits, pixels, strict=True)]
-    groups = merge_identical(own, keys)
-    shipped = [split for split in SPLITS if split in found.splits]
-    missing = [split for split in SPLITS if split not in shipped]
-    splits = _draw(found, groups, ["train", *missing] if shipped else missing, ratios, seed)
-    rows: list[Row] = [
-        (sample_id, path, label, group, split, sha256, pixel)
-        for sample_id, path, label, group, split, (sha256, pixel) in zip(
-            ids, found.paths, labels, groups, splits, digests, strict=True
-        )
-    ]
-    how = {"shipped": shipped, "drawn": missing, **found.grouped_by}
-    if missing:
-        how |= {"ratios": list(check_ratios(ratios)), "seed": seed}
-    counts = {
-        "images": len(rows),
-        "groups": len(set(groups)),
-        "pixel_copies": len(pixels) - len(set(pixels)),
-        "copies_across_splits": _across(pixels, splits),
-        "groups_across_splits": _across(groups, splits),
-    }
-    return rows, {"split": how, "counts": counts}
-
-
-def _draw(
-    found: Found, groups: Sequence[str], names: Sequence[str], ratios: Sequence[float], seed: int
-) -> list[str]:
-    """Return every image's split: those of train, or of none, are shared out among names."""
-    check_seed(seed)
-    shares = dict(zip(SPLITS, check_ratios(ratios), strict=True))
-    splits = list(found.splits) or [""] * len(groups)
-    if len(names) < 2:
-        return splits
-    pool = [place for place, split in enumerate(splits) if split in ("", "train")]
-    labels, of_pool = [found.labels[place] for place in pool], [groups[place] for place in pool]
-    check_enough_groups(labels, of_pool, names)
-    drawn = split_into(labels, of_pool, names, [shares[name] for name in names], seed).tolist()
-    gaps = {(label, name) for label in labels for name in names} - set(zip(labels, drawn, strict=True))
-    if gaps:
-        label, name = min(gaps)
-        raise ZooError(
-            f"class {one_line(label)!r} cannot stand in {name} without tearing a group apart: its groups "
-            "hold several classes; add images, or make smaller groups"
-        )
-    for place, split in zip(pool, drawn, strict=True):
-        splits[place] = split
-    return splits
-
-
-def _across(names: Sequence[str], splits: Sequence[str]) -> int:
-    """Return how many names stand in more than one split."""
-    times = Counter(name for name, _ in set(zip(names, splits, strict=True)))
-    return sum(count > 1 for count in times.values())
-
-
-def _check_classes(labels: Sequence[str]) -> None:
-    classes = sorted(set(labels))
-    if len(classes) < 2:
-        only = f", {one_line(classes[0])!r}" if classes else ""
-        raise ZooError(
-            f"a dataset must have two or more classes. Got {len(labels)} "
-            f"{'image' if len(labels) == 1 else 'images'} of {len(classes)}{only}; the source must hold a "
-            "folder per class, or a column of labels"
-        )
-
-
 def _class_order(labels: set[str]) -> list[str]:
     """Return the classes in the order to be stored: by number where all are numbers, else by name.
 
@@ -469,7 +357,10 @@ def _copy(found: Found, images: Path) -> None:
 def _write(folder: Path, rows: Sequence[Row], record: dict[str, Any], stage: Path, overwrite: bool) -> None:
     """Put images, manifest and `dataset.toml` in place; an equal dataset comes out as it was."""
     if (folder / "dataset.toml").is_file() and not overwrite:
-        old = read_toml(folder / "dataset.toml")
+        try:
+            old = read_toml(folder / "dataset.toml")
+        except ZooError as error:
+            raise ZooError(f"{error}; replace the dataset with --overwrite") from error
         record |= {key: old[key] for key in _DESCRIBED if key in old}
         # The same data may lie elsewhere by now; that alone makes no other dataset.
         differing = [

@@ -84,7 +84,8 @@ def split_into(
             best, best_score = drawn.split_of, score
         if len(table.large) == 0 and score[0] == 0:
             break
-    return np.array(names)[np.asarray(best)[group_of]]
+    splits: np.ndarray[Any, np.dtype[np.str_]] = np.array(names)[np.asarray(best)[group_of]]
+    return splits
 
 
 def stratification_error(labels: Strings, splits: Strings) -> float:
@@ -265,7 +266,8 @@ class _Draw:
 
     def _shuffled(self, values: Ints) -> Ints:
         # Of numpy's random methods `random` is the one whose numbers no version has changed.
-        return values[np.argsort(self.rng.random(len(values)), kind="stable")]
+        shuffled: Ints = values[np.argsort(self.rng.random(len(values)), kind="stable")]
+        return shuffled
 
     def _place_large(self) -> None:
         """Place each group where it lowers the loss most, larger first; then move what fits better."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,19 @@ class Plan:
         name = run_name(self.dataset.name, self.recipe.name, self.seed, self.digest)
         return Run(self.home.runs / name)
 
+    def with_seed(self, seed: int) -> Plan:
+        """Return the same plan for another seed."""
+        return replace(self, seed=seed, digest=digest_of([self.recipe_digest, self.dataset.split_digest, seed]))
+
     @property
     def weights_label(self) -> str:
         """Return in a few words where the weights come from, as tables print it."""
         if self.weights is None:
             return "scratch"
-        if self.weights_from in ("run", "file"):
-            return f"{self.weights_from} {self.weights.path.parent.name if self.weights_from == 'run' else self.weights.path.name}"
+        if self.weights_from == "run":
+            return f"run {self.weights.path.parent.name}"
+        if self.weights_from == "file":
+            return f"file {self.weights.path.name}"
         return self.spec.tag or self.weights.path.name
 
     def model(self) -> torch.nn.Module:

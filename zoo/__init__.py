@@ -1,0 +1,74 @@
+"""Fine-tune and compare pretrained image backbones, with tables that can be believed.
+
+Everything that a user needs is here; `import zoo` alone loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "Home": "zoo.files",
+    "Predictor": "zoo.deployment.predictor",
+    "Recipe": "zoo.recipe",
+    "Run": "zoo.runs",
+    "ZooError": "zoo.errors",
+    "bench": "zoo.benchmark.suite",
+    "compare": "zoo.benchmark.suite",
+    "create_model": "zoo.models.registry",
+    "evaluate": "zoo.training.scoring",
+    "find_model": "zoo.models.registry",
+    "find_run": "zoo.runs",
+    "home": "zoo.files",
+    "import_dataset": "zoo.data.sources",
+    "list_models": "zoo.models.registry",
+    "list_recipes": "zoo.recipe",
+    "list_runs": "zoo.runs",
+    "load_dataset": "zoo.data.manifest",
+    "load_model": "zoo.training.scoring",
+    "load_recipe": "zoo.recipe",
+    "plot_confusion_matrices": "zoo.reporting.plots",
+    "plot_learning_curves": "zoo.reporting.plots",
+    "plot_samples": "zoo.reporting.plots",
+    "plot_test_scores": "zoo.reporting.plots",
+    "predictions_of": "zoo.training.scoring",
+    "register_model": "zoo.models.registry",
+    "split_summary": "zoo.data.manifest",
+    "train": "zoo.training.loop",
+}
+__all__ = ["__version__", *sorted(_PLACES)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from zoo.benchmark.suite import bench as bench, compare as compare
+    from zoo.data.manifest import load_dataset as load_dataset, split_summary as split_summary
+    from zoo.data.sources import import_dataset as import_dataset
+    from zoo.deployment.predictor import Predictor as Predictor
+    from zoo.errors import ZooError as ZooError
+    from zoo.files import Home as Home, home as home
+    from zoo.models.registry import (
+        create_model as create_model,
+        find_model as find_model,
+        list_models as list_models,
+        register_model as register_model,
+    )
+    from zoo.recipe import Recipe as Recipe, list_recipes as list_recipes, load_recipe as load_recipe
+    from zoo.runs import Run as Run, find_run as find_run, list_runs as list_runs
+    from zoo.training.loop import train as train
+    from zoo.training.scoring import (
+        evaluate as evaluate,
+        load_model as load_model,
+        predictions_of as predictions_of,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

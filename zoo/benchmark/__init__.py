@@ -1,0 +1,1 @@
+"""Benchmarks: one dataset, many recipes and seeds, and the table that comes of them."""

@@ -1,0 +1,85 @@
+"""A benchmark's files: floors, table in three formats, and figures, all out of run folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zoo.data.cache import open_pixels
+from zoo.data.manifest import Dataset
+from zoo.data.transforms import center_crop
+from zoo.evaluation.floors import SIDE, compute_floors
+from zoo.evaluation.predictions import Predictions, read_predictions
+from zoo.errors import ZooError
+from zoo.files import Home, digest_of, read_json, write_json, write_text
+from zoo.reporting import plots
+from zoo.reporting.tables import Comparison, title, to_csv, to_markdown
+from zoo.runs import Preprocessing, Run
+
+FLOORS_VERSION = 1
+_SMALL = Preprocessing(
+    image_size=SIDE, crop_pct=1.0, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+)
+
+
+def dataset_floors(dataset: Dataset, bad_images: str | None = None) -> list[dict[str, Any]]:
+    """Return the floors of a dataset's test split, computed once per split."""
+    key = digest_of([FLOORS_VERSION, dataset.split_digest, bad_images or dataset.bad_images])
+    file = dataset.folder / ".cache" / f"floors-{key[:16]}.json"
+    try:
+        stored: list[dict[str, Any]] = read_json(file)["floors"]
+    except (ZooError, KeyError):
+        train, test = (open_pixels(dataset, split, _SMALL, bad_images) for split in ("train", "test"))
+        small = [np.stack([center_crop(each[i], SIDE) for i in range(len(each))]) for each in (train, test)]
+        stored = compute_floors(small[0], train.y_true, small[1], test.y_true, test.groups, dataset.classes)
+        write_json(file, {"floors": stored})
+    return stored
+
+
+def write_results(folder: Path, comparison: Comparison, dataset: Dataset, root: Home) -> list[Path]:
+    """Write table.md, .csv and .json and the figures to a folder, and return the files."""
+    name = title(comparison)
+    write_text(folder / "table.md", to_markdown(comparison))
+    write_text(folder / "table.csv", to_csv(comparison))
+    write_json(folder / "table.json", comparison.document())
+    rows = [row for row in comparison.rows if row["seeds"]]
+    runs = {row["recipe"]: [Run(root.runs / run) for run in row["runs"]] for row in rows}
+    runs = {recipe: [run for run in each if run.finished] for recipe, each in runs.items()}
+    files = [folder / f"table.{ending}" for ending in ("md", "csv", "json")]
+    scores = plots.plot_test_scores(comparison.rows, "test_top1", comparison.floors, title=name)
+    figures = {"test-scores": scores}
+    if rows:
+        histories = {recipe: [run.history() for run in each] for recipe, each in runs.items()}
+        figures["learning-curves"] = plots.plot_learning_curves(histories, title=name)
+        matrices = {
+            recipe: np.sum([run.metrics("test")["confusion_matrix"] for run in each], axis=0)
+            for recipe, each in runs.items()
+        }
+        figures["confusion-matrices"] = plots.plot_confusion_matrices(matrices, comparison.classes, title=name)
+        figures["samples"] = sample_page(runs[rows[0]["recipe"]][0], dataset, title=f"{rows[0]['recipe']}: {name}")
+    for key, figure in figures.items():
+        files.append(folder / f"{key}.png")
+        plots.save_figure(figure, files[-1])
+    return files
+
+
+def sample_page(run: Run, dataset: Dataset, title: str = "", count: int = 16) -> Any:
+    """Return a figure of a run's test predictions, right and wrong, with their scores."""
+    record = run.record
+    assert record.preprocessing is not None
+    predictions = read_predictions(run.predictions_file("test"))
+    chosen = plots.choose_samples(predictions, count)
+    pixels = open_pixels(dataset, "test", record.preprocessing)
+    place = {sample: number for number, sample in enumerate(pixels.sample_ids.tolist())}
+    images = [
+        center_crop(pixels[place[predictions.sample_ids[each]]], record.preprocessing.image_size) for each in chosen
+    ]
+    subset = Predictions(
+        predictions.sample_ids[chosen],
+        predictions.groups[chosen],
+        predictions.y_true[chosen],
+        predictions.logits[chosen],
+    )
+    return plots.plot_samples(images, subset, record.classes, title=title)

@@ -1,0 +1,102 @@
+"""The command line: a thin skin over the package's functions; nothing heavy is imported until a verb needs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from zoo.cli import benchmarks, datasets, listing, predictions, runs
+from zoo.errors import EXIT_MISTAKE, EXIT_SIGTERM, Interrupted, ZooError
+
+app = typer.Typer(
+    name="zoo",
+    help="Fine-tune and compare pretrained image backbones, with tables that can be believed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+datasets.add_to(app)
+listing.add_to(app)
+runs.add_to(app)
+benchmarks.add_to(app)
+predictions.add_to(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from zoo import __version__
+
+        typer.echo(f"zoo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    home: Annotated[
+        Path | None, typer.Option("--home", help="Folder to work in; else $ZOO_HOME, else the current one.")
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    if home is not None:
+        os.environ["ZOO_HOME"] = str(home)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C with an exit code of its own."""
+
+    exit_code = EXIT_SIGTERM
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main() -> NoReturn:
+    """Run the command line; a user's mistake is one line on standard error and exit code 1."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except Interrupted as error:
+        _say(str(error))
+        sys.exit(error.exit_code)
+    except ZooError as error:
+        _say(f"error: {error}")
+        sys.exit(EXIT_MISTAKE)
+    except KeyboardInterrupt as stop:
+        _say("interrupted")
+        sys.exit(getattr(stop, "exit_code", 130))
+    except typer.Abort:
+        _say("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader went away (`zoo list models | head`): nothing is wrong, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        _exit_for_usage(error)
+
+
+def _say(text: str) -> None:
+    from contextlib import suppress
+
+    with suppress(OSError):
+        print(text, file=sys.stderr)
+
+
+def _exit_for_usage(error: Exception) -> NoReturn:
+    """Show what click says of a wrong command line; a programming error keeps its traceback."""
+    show = getattr(error, "show", None)
+    code = getattr(error, "exit_code", None)
+    if code is None:
+        raise error
+    if show is not None:
+        show()
+    sys.exit(code)

@@ -1,0 +1,74 @@
+"""`zoo bench` and `zoo compare`: many recipes, one test split, one table."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from zoo.cli.screen import BadImagesOption, HomeOption, JsonOption, OfflineOption, SetOption
+
+
+def add_to(parent: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    parent.command()(bench)
+    parent.command()(compare)
+
+
+def bench(
+    benchmark: Annotated[str | None, typer.Argument(help="Name of `zoo list benchmarks`, or a .toml file.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Name of the dataset.")] = None,
+    recipes: Annotated[str | None, typer.Option(help="Recipes, with commas between them.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds, from 0 on.")] = None,
+    set_: SetOption = None,
+    bad_images: BadImagesOption = None,
+    offline: OfflineOption = False,
+    json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Train every recipe with every seed, score all on the same test split, and write the table and figures."""
+    from zoo.benchmark.suite import bench as run_bench
+    from zoo.cli.screen import assignments, bars, check_bad_images, console, print_comparison, print_json
+    from zoo.errors import EXIT_SOME_RUNS_FAILED
+
+    bad_images = check_bad_images(bad_images)
+    names = [name.strip() for name in recipes.split(",") if name.strip()] if recipes else None
+    with bars(quiet=json) as shown:
+        result = run_bench(
+            benchmark,
+            data=data,
+            recipes=names,
+            seeds=seeds,
+            overrides=assignments(set_),
+            offline=offline,
+            bad_images=bad_images,
+            on_tick=shown.tick,
+            on_step=shown.step,
+        )
+    if json:
+        print_json({**result.comparison.document(), "folder": str(result.folder)})
+    else:
+        print_comparison(result.comparison)
+        console().print(f"table and figures: {result.folder}", markup=False, soft_wrap=True)
+    if result.failed:
+        raise typer.Exit(EXIT_SOME_RUNS_FAILED)
+
+
+def compare(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Names of `zoo list runs`.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="All runs on this dataset's present split.")] = None,
+    by: Annotated[str, typer.Option(help="Column to sort by, e.g. test_macro_f1 or train_s.")] = "test_top1",
+    json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Compare finished runs on the same test split; those not scored on it yet are scored first."""
+    from zoo.benchmark.suite import comparison_of, score_missing
+    from zoo.cli.screen import bars, print_comparison, print_json
+
+    with bars(quiet=json) as shown:
+        score_missing(runs or [], data=data, progress=shown.images("scoring test"))
+    comparison = comparison_of(runs, data=data, by=by)
+    if json:
+        print_json(comparison.document())
+    else:
+        print_comparison(comparison)

@@ -1,0 +1,229 @@
+"""`zoo list`, `zoo show` and `zoo doctor`: what there is, and whether this machine is fit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from zoo.cli.screen import HomeOption, JsonOption
+
+KINDS = ("models", "recipes", "datasets", "benchmarks", "runs")
+
+
+def add_to(parent: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    parent.command("list")(list_)
+    parent.command()(show)
+    parent.command()(doctor)
+
+
+def list_(
+    kind: Annotated[str, typer.Argument(metavar="|".join(KINDS), help="What to list.")],
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern such as 'resnet*'.")] = "",
+    at_hand: Annotated[bool, typer.Option("--at-hand", help="Models whose weights are on this machine.")] = False,
+    json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """List models, recipes, datasets, benchmarks or runs."""
+    from zoo.cli.screen import print_json, print_table
+    from zoo.errors import ZooError, nearest, one_line
+
+    makers = {
+        "models": lambda: _models(pattern, at_hand),
+        "recipes": _recipes,
+        "datasets": _datasets,
+        "benchmarks": _benchmarks,
+        "runs": _runs,
+    }
+    if kind not in makers:
+        raise ZooError(f"zoo list takes one of {', '.join(KINDS)}. Got {one_line(kind)!r}{nearest(kind, KINDS)}")
+    rows = [row for row in makers[kind]() if kind == "models" or _matches(row["name"], pattern)]
+    if json:
+        print_json(rows)
+        return
+    if not rows:
+        typer.echo(f"no {kind} here{f' match {pattern!r}' if pattern else ''}")
+        return
+    shown = [key for key in rows[0] if key not in ("path", "hub_id", "origin")]
+    cells = [[_cell(row.get(key)) for key in shown] for row in rows]
+    numbers = ("params", "image size", "images", "classes", "seed", "test top1")
+    print_table([key.replace("_", " ") for key in shown], cells, numbers=numbers, folded=("summary", "name", "reason"))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    from fnmatch import fnmatch
+
+    return fnmatch(name, pattern) if any(c in pattern for c in "*?[") else pattern in name
+
+
+def _cell(value: Any) -> str:
+    from zoo.errors import one_line
+
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, int) and value > 99_999:
+        return f"{value / 1e6:.2f}M"
+    return one_line(", ".join(map(str, value)) if isinstance(value, list) else value, 120)
+
+
+def _models(pattern: str, at_hand: bool) -> list[dict[str, Any]]:
+    from zoo.models.registry import list_models
+
+    return [
+        {
+            "name": spec.name,
+            "params": spec.params,
+            "image_size": spec.preprocessing.image_size,
+            "licence": spec.licence,
+            "weights_at_hand": spec.weights_at_hand,
+            "hub_id": spec.hub_id,
+            "origin": spec.origin,
+        }
+        for spec in list_models(pattern or "*")
+        if spec.weights_at_hand or not at_hand
+    ]
+
+
+def _recipes() -> list[dict[str, Any]]:
+    from zoo.errors import ZooError
+    from zoo.recipe import list_recipes, load_recipe
+
+    rows = []
+    for name, path in list_recipes().items():
+        row: dict[str, Any] = {"name": name, "model": None, "strategy": None, "summary": "", "path": str(path)}
+        try:
+            recipe = load_recipe(str(path))
+            row |= {"model": recipe.model.name, "strategy": recipe.finetune.strategy, "summary": recipe.summary}
+        except ZooError as error:
+            row["summary"] = f"damaged: {error}"
+        rows.append(row)
+    return rows
+
+
+def _datasets() -> list[dict[str, Any]]:
+    from zoo.data.manifest import list_datasets
+
+    return list_datasets()
+
+
+def _benchmarks() -> list[dict[str, Any]]:
+    from zoo.benchmark.suite import list_benchmarks, load_benchmark
+    from zoo.errors import ZooError
+
+    rows = []
+    for name, path in list_benchmarks().items():
+        row: dict[str, Any] = {"name": name, "dataset": None, "recipes": None, "seeds": None, "summary": ""}
+        try:
+            found = load_benchmark(str(path))
+            row |= {"dataset": found.dataset, "recipes": len(found.recipes), "seeds": len(found.seeds)}
+            row["summary"] = found.summary
+        except ZooError as error:
+            row["summary"] = f"damaged: {error}"
+        rows.append({**row, "path": str(path)})
+    return rows
+
+
+def _runs() -> list[dict[str, Any]]:
+    from zoo.errors import ZooError
+    from zoo.runs import list_runs
+
+    rows = []
+    for run in list_runs():
+        row: dict[str, Any] = {"name": run.name, "status": "damaged", "val_top1": None, "test_top1": None}
+        row |= {"train_s": None, "reason": None}
+        try:
+            record = run.record
+            row |= {"status": record.status, "train_s": record.train_s, "reason": record.reason}
+            for split in ("val", "test"):
+                if run.metrics_file(split).is_file():
+                    row[f"{split}_top1"] = run.metrics(split).get("top1")
+        except ZooError as error:
+            row["reason"] = str(error)
+        rows.append(row)
+    return rows
+
+
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="Recipe, model, dataset, benchmark or run.")],
+    json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Show everything about one recipe, benchmark, dataset, run or model."""
+    from zoo.cli.screen import console, print_json
+    from zoo.files import to_json
+
+    found = _find(name)
+    if json:
+        print_json(found)
+        return
+    out = console()
+    for key, value in found.items():
+        text = to_json(value, indent=2) if isinstance(value, (dict, list)) else _cell(value)
+        out.print(f"{key}: {text}", markup=False, soft_wrap=True)
+
+
+def _find(name: str) -> dict[str, Any]:
+    """Return what a name stands for; a recipe comes before a model of the same name."""
+    from zoo.benchmark.suite import list_benchmarks, load_benchmark
+    from zoo.data.manifest import list_datasets, load_dataset, split_summary
+    from zoo.errors import ZooError, nearest, one_line
+    from zoo.files import home
+    from zoo.models.registry import find_model
+    from zoo.recipe import list_recipes, load_recipe
+    from zoo.runs import find_run, list_runs
+
+    recipes, benches = list_recipes(), list_benchmarks()
+    datasets = [row["name"] for row in list_datasets()]
+    if name in recipes or (name.endswith(".toml") and name not in benches):
+        recipe = load_recipe(name)
+        return {"kind": "recipe", "name": recipe.name, **recipe.table(), "digest": recipe.digest}
+    if name in benches:
+        found = load_benchmark(name)
+        return {"kind": "benchmark", "name": found.name, **found.model_dump(mode="json")}
+    if name in datasets:
+        if not (home().data / name / "dataset.toml").is_file():
+            return {"kind": "dataset", "name": name, "status": "built-in, made on first use"}
+        dataset = load_dataset(name)
+        facts = {"classes": dataset.classes, "negative_class": dataset.negative_class, "facts": dataset.facts}
+        return {"kind": "dataset", "name": name, **split_summary(dataset), **facts}
+    runs = [run.name for run in list_runs()]
+    try:
+        run = find_run(name)
+    except ZooError:
+        run = None
+    if run is not None:
+        metrics = {split: run.metrics(split) for split in ("val", "test") if run.metrics_file(split).is_file()}
+        return {"kind": "run", "name": run.name, **run.record.model_dump(mode="json"), "metrics": metrics}
+    try:
+        spec = find_model(name)
+    except ZooError:
+        hint = nearest(name, [*recipes, *benches, *datasets, *runs])
+        raise ZooError(
+            f"nothing here is called {one_line(name)!r}{hint}; see `zoo list models|recipes|datasets|benchmarks|runs`"
+        ) from None
+    from dataclasses import asdict
+
+    facts = asdict(spec) | {"preprocessing": spec.preprocessing.model_dump()}
+    return {"kind": "model", **facts}
+
+
+def doctor(json: JsonOption = False, home: HomeOption = None) -> None:
+    """Check this machine: versions, devices, folders, weights and the hub."""
+    from zoo.cli.checkup import checks
+    from zoo.cli.screen import print_json, print_table
+
+    found = checks()
+    ok = all(check["ok"] for check in found)
+    if json:
+        print_json({"ok": ok, "checks": found})
+    else:
+        rows = [["ok" if check["ok"] else "FAULT", check["name"], check["detail"]] for check in found]
+        print_table(["", "check", "what was found"], rows, folded=("what was found",))
+        for check in found:
+            if check["fix"]:
+                typer.echo(f"fix {check['name']}: {check['fix']}")
+    if not ok:
+        raise typer.Exit(1)

@@ -1,0 +1,212 @@
+"""What every verb prints with: options that verbs share, JSON, tables that fit the terminal, progress bars."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from zoo.benchmark.suite import Step
+    from zoo.reporting.tables import Comparison
+    from zoo.training.loop import Tick
+
+
+def _set_home(value: Path | None) -> Path | None:
+    if value is not None:
+        os.environ["ZOO_HOME"] = str(value)
+    return value
+
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option("--home", callback=_set_home, help="Folder to work in; else $ZOO_HOME, else the current one."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Open no connection; as HF_HUB_OFFLINE=1.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, e.g. optimizer.lr=3e-4."),
+]
+BadImagesOption = Annotated[
+    str | None,
+    typer.Option("--bad-images", metavar="fail|skip", help="What to do with images that cannot be read."),
+]
+
+
+def check_bad_images(value: str | None) -> str | None:
+    """Return the policy; raises ZooError for one that does not exist."""
+    from zoo.errors import ZooError, nearest, one_line
+
+    if value not in (None, "fail", "skip"):
+        raise ZooError(f"--bad-images must be fail or skip. Got {one_line(value)!r}{nearest(value, ('fail', 'skip'))}")
+    return value
+
+
+def assignments(pairs: Iterable[str] | None) -> dict[str, Any]:
+    """Return what `--set` gave, key to value."""
+    from zoo.recipe import parse_assignment
+
+    return dict(parse_assignment(pair) for pair in pairs or [])
+
+
+def console(stderr: bool = False) -> Console:
+    """Return a console for standard output, or standard error; colours only on a terminal."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else int(os.environ.get("COLUMNS", "0")) or 120
+    return Console(stderr=stderr, highlight=False, width=width, soft_wrap=False)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    from zoo.files import to_json
+
+    print(to_json(value, indent=2))
+
+
+def print_table(
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    title: str = "",
+    numbers: Iterable[str] = (),
+    folded: Iterable[str] = (),
+) -> None:
+    """Print a table; `numbers` are the heads aligned right, `folded` those that may wrap."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    right, wrapped = set(numbers), set(folded)
+    table = Table(box=box.SIMPLE_HEAD, title=Text(title, style="bold") if title else None, pad_edge=False)
+    for head in heads:
+        table.add_column(
+            head, justify="right" if head in right else "left", no_wrap=head not in wrapped, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console().print(table)
+
+
+# The comparison, in as many columns as the terminal has room for ----------------------------------------------------
+
+_NARROW = ("recipe", "val top1", "test top1", "95% CI", "ties", "train s")
+_WIDE = ("recipe", "weights", "params", "seeds", "val top1", "test top1", "95% CI", "ties", "macro F1", "AUROC", "train s")
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print a comparison: floors first, then recipes, failures and notes below."""
+    from zoo.reporting.tables import LEGEND, cells, title
+
+    out = console()
+    heads = _WIDE if out.width >= 110 else _NARROW
+    rows: list[list[str]] = []
+    for floor in comparison.floors:
+        low, high = floor["test_top1_ci"]
+        shown = {
+            "recipe": f"floor: {floor['name']}",
+            "test top1": f"{floor['test_top1']:.3f}",
+            "95% CI": f"{low:.3f}–{high:.3f}",
+            "macro F1": f"{floor['test_macro_f1']:.3f}",
+        }
+        rows.append([shown.get(head, "") for head in heads])
+    written = [cells(row) for row in comparison.rows]
+    rows += [[row[head] for head in heads] for row in written]
+    print_table(heads, rows, title(comparison), numbers=heads[2:], folded=("recipe", "weights"))
+    for row in comparison.rows:
+        if row["reason"]:
+            out.print(f"{row['status']}: {row['recipe']}: {row['reason']}", markup=False)
+    for note in comparison.notes:
+        out.print(f"note: {note}", markup=False)
+    out.print(LEGEND, markup=False, style="dim")
+
+
+# Progress ---------------------------------------------------------------------------------------------------------------
+
+
+class Bars:
+    """Progress bars on standard error: one for each run, or single lines where it is no terminal."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = console(stderr=True)
+        self.live = self.console.is_terminal and not quiet
+        self.quiet = quiet
+        self.progress = Progress(
+            TextColumn("{task.fields[name]}", markup=False),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[facts]}", markup=False),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.prefix = ""
+
+    def tick(self, tick: Tick) -> None:
+        """Show how far a run is."""
+        if not self.live:
+            return
+        name = f"{self.prefix}{_short(tick.run)}"
+        task = self.tasks.get(tick.run)
+        if task is None:
+            task = self.tasks[tick.run] = self.progress.add_task("", total=1.0, name=name, facts="")
+        part = tick.done / tick.total if tick.total else 0.0
+        done = (max(0, tick.epoch - 1) + part) / tick.epochs if tick.epochs else 0.0
+        facts = [f"epoch {tick.epoch}/{tick.epochs}" if tick.epoch else tick.phase]
+        facts += [f"loss {tick.loss:.3f}"] if tick.loss is not None else []
+        facts += [tick.val] if tick.val else []
+        facts += [f"{tick.images_per_s:.0f} images/s"] if tick.images_per_s else []
+        self.progress.update(task, completed=done, facts=" ".join(facts))
+
+    def step(self, step: Step) -> None:
+        """Show that a benchmark's run begins, ended or failed."""
+        self.prefix = f"{step.number}/{step.total} "
+        if step.state == "begins" or self.quiet:
+            return
+        task = self.tasks.get(step.run)
+        if self.live and task is not None and step.state == "finished":
+            self.progress.update(task, completed=1.0, facts=step.detail)
+            return
+        line = f"{step.number}/{step.total} {step.run}: {step.state}"
+        self.console.print(f"{line} {step.detail}".rstrip(), markup=False, soft_wrap=True)
+
+    def images(self, what: str) -> Callable[[int, int], None]:
+        """Return a callback that shows images done and in all."""
+
+        def show(done: int, total: int) -> None:
+            if not self.live:
+                return
+            task = self.tasks.get(what)
+            if task is None:
+                task = self.tasks[what] = self.progress.add_task("", total=total, name=what, facts="")
+            self.progress.update(task, completed=done, total=total, facts=f"{done}/{total} images")
+
+        return show
+
+
+@contextmanager
+def bars(quiet: bool = False) -> Iterator[Bars]:
+    """Show progress bars while the block runs."""
+    shown = Bars(quiet)
+    with shown.progress:
+        yield shown
+
+
+def _short(run: str) -> str:
+    """Return a run's name without dataset and digest.
+
+    >>> _short("digits--resnet18-lp--s0--01234567")
+    'resnet18-lp s0'
+    """
+    parts = run.split("--")
+    return f"{parts[1]} {parts[2]}" if len(parts) >= 4 else run
