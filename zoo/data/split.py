@@ -248,7 +248,7 @@ class _Draw:
     def __init__(self, table: _Table, rng: np.random.Generator) -> None:
         self.table, self.rng = table, rng
         self.split_of: Ints = np.full(len(table.sizes), -1, dtype=np.int64)
-        self.have: Any = np.zeros(table.target.shape).tolist()
+        self.have: list[list[float]] = [[0.0] * table.target.shape[1] for _ in table.target]
         self.target: list[list[float]] = table.target.tolist()
         self.places = range(table.target.shape[1])
         self._place_large()
