@@ -137,7 +137,7 @@ class Recipe(_Table):
 
     @property
     def head_epochs(self) -> int:
-        """Return the epochs of the head alone: all for a probe; for lp-ft and gradual, left out, a quarter."""
+        """Return the epochs of the head alone: all for a probe; lp-ft and gradual, left out, a quarter."""
         if self.finetune.strategy == "linear-probe":
             return self.finetune.epochs
         if self.finetune.strategy == "full":
@@ -388,8 +388,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
     tune, mixes = recipe.finetune, recipe.augment.mixup or recipe.augment.cutmix
     if tune.strategy == "linear-probe" and (recipe.policy != "none" or mixes):
         faults.append(
-            "augment must be policy = 'none' without mixup and cutmix where finetune.strategy = 'linear-probe' "
-            "(its features are computed once, from plain images)"
+            "augment must be policy = 'none' without mixup and cutmix where finetune.strategy = "
+            "'linear-probe' (its features are computed once, from plain images)"
         )
     if tune.strategy in ("lp-ft", "gradual") and recipe.head_epochs >= tune.epochs:
         faults.append(

@@ -26,17 +26,33 @@ def write_csv(tmp_path: Path, text: str, encoding: str = "utf-8") -> Path:
 
 
 def test_a_folder_per_class(tmp_path):
-    touch(tmp_path, "Normal cases/a (1).JPG", "Normal cases/deep/er/b.png", "größe 肺/c.tiff", "größe 肺/d.Webp")
+    touch(
+        tmp_path, "Normal cases/a (1).JPG", "Normal cases/deep/er/b.png", "größe 肺/c.tiff", "größe 肺/d.Webp"
+    )
     found = find_in_folder(tmp_path, {})
     assert found.kind == "folder"
-    assert found.paths == ["Normal cases/a (1).JPG", "Normal cases/deep/er/b.png", "größe 肺/c.tiff", "größe 肺/d.Webp"]
+    assert found.paths == [
+        "Normal cases/a (1).JPG",
+        "Normal cases/deep/er/b.png",
+        "größe 肺/c.tiff",
+        "größe 肺/d.Webp",
+    ]
     assert found.labels == ["Normal cases", "Normal cases", "größe 肺", "größe 肺"]
     assert found.splits == [""] * 4
     assert found.left_out == {}
 
 
 def test_hidden_files_are_passed_over_and_others_counted(tmp_path):
-    touch(tmp_path, "a/1.png", "b/1.png", "a/.hidden.png", ".git/x.png", "__MACOSX/a/1.png", "a/Thumbs.db", ".DS_Store")
+    touch(
+        tmp_path,
+        "a/1.png",
+        "b/1.png",
+        "a/.hidden.png",
+        ".git/x.png",
+        "__MACOSX/a/1.png",
+        "a/Thumbs.db",
+        ".DS_Store",
+    )
     touch(tmp_path, "about us.txt", "a/notes.TXT", "b/README", "stray.png", "other.jpg")
     found = find_in_folder(tmp_path, {})
     assert found.paths == ["a/1.png", "b/1.png"]
@@ -64,7 +80,10 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
         (("1.png", "2.png"), "has no image in a class folder .found: 2 images outside any class folder."),
         (("notes.txt",), "has no image in a class folder"),
         (("a/1.png", "b/notes.txt"), "the class folder 'b' holds no image; fill or remove it"),
-        (("data/a/1.png", "data/b/1.png"), "has one class folder, 'data', and folders in it; did you mean .*/data'"),
+        (
+            ("data/a/1.png", "data/b/1.png"),
+            "has one class folder, 'data', and folders in it; did you mean .*/data'",
+        ),
     ],
 )
 def test_folders_without_classes_are_refused(tmp_path, files, reason):
@@ -94,13 +113,21 @@ def test_a_class_name_that_is_no_utf_8_is_refused(tmp_path):
 def test_a_folder_that_may_not_be_read_is_named(tmp_path):
     touch(tmp_path, "a/1.png", "b/1.png")
     (tmp_path / "b").chmod(0)
-    with pytest.raises(ZooError, match="cannot read the folder .*b': Permission denied"):
+    with pytest.raises(ZooError, match=r"cannot read the folder .*b': Permission denied"):
         find_in_folder(tmp_path, {})
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "Validation", "dev"])
 def test_ready_splits_are_kept(tmp_path, name):
-    touch(tmp_path, "Train/a/1.png", "Train/b/2.png", f"{name}/a/3.png", f"{name}/b/4.png", "test/a/5.png", "test/b/6.png")
+    touch(
+        tmp_path,
+        "Train/a/1.png",
+        "Train/b/2.png",
+        f"{name}/a/3.png",
+        f"{name}/b/4.png",
+        "test/a/5.png",
+        "test/b/6.png",
+    )
     found = find_in_folder(tmp_path, {})
     assert found.kind == "splits"
     by_path = dict(zip(found.paths, zip(found.labels, found.splits, strict=True), strict=True))
@@ -110,7 +137,15 @@ def test_ready_splits_are_kept(tmp_path, name):
 
 
 def test_images_beside_ready_splits_are_counted(tmp_path):
-    touch(tmp_path, "train/a/1.png", "train/b/2.png", "train/stray.png", "test/a/5.png", "test/b/6.png", "pred/7.png")
+    touch(
+        tmp_path,
+        "train/a/1.png",
+        "train/b/2.png",
+        "train/stray.png",
+        "test/a/5.png",
+        "test/b/6.png",
+        "pred/7.png",
+    )
     found = find_in_folder(tmp_path, {})
     assert len(found.paths) == 4
     assert found.left_out == {"images outside any class folder": 1, "images outside the split folders": 1}
@@ -194,7 +229,10 @@ def test_empty_columns_count_as_none(tmp_path):
         ("path,label\n1.png,\n", r"row 1 \(1.png\): its label is empty"),
         ("path,label\n,a\n", "row 1 .*: its path is empty"),
         ("path,label,split\n1.png,a,trian\n", "row 1 .*: split must be one of train, val, test. Got 'trian'"),
-        ("path,label,split\n1.png,a,train\n2.png,a,\n", "column 'split' is empty in 1 of 2 rows, first in row 2"),
+        (
+            "path,label,split\n1.png,a,train\n2.png,a,\n",
+            "column 'split' is empty in 1 of 2 rows, first in row 2",
+        ),
         ("path,label,group\n1.png,a,p\n2.png,a,\n", "column 'group' is empty in 1 of 2 rows"),
         ("path,label,split\n1.png,a,test\n2.png,a,test\n", "no row of train"),
         ('path,label\n"1.png,a\n', "is no valid CSV"),
@@ -248,7 +286,9 @@ def test_a_medmnist_npz_is_written_as_images(tmp_path, shape):
 def test_labels_of_one_dimension_and_splits_that_are_missing(tmp_path):
     arrays = medmnist()
     labels = arrays["train_labels"][:, 0]
-    found = find_in_npz(npz(tmp_path, train_images=arrays["train_images"], train_labels=labels), tmp_path / "images")
+    found = find_in_npz(
+        npz(tmp_path, train_images=arrays["train_images"], train_labels=labels), tmp_path / "images"
+    )
     assert set(found.splits) == {"train"}
 
 
@@ -257,12 +297,21 @@ def test_labels_of_one_dimension_and_splits_that_are_missing(tmp_path):
     [
         ({"train_images": None}, "must hold train_images and train_labels .*It holds"),
         ({"val_labels": None}, "must hold both val_images and val_labels, or neither"),
-        ({"train_labels": np.zeros((12, 14), np.uint8)}, "train_labels has 14 labels per image; only one label"),
+        (
+            {"train_labels": np.zeros((12, 14), np.uint8)},
+            "train_labels has 14 labels per image; only one label",
+        ),
         ({"train_labels": np.zeros(11, np.uint8)}, "train_labels must be 12 whole numbers"),
         ({"train_labels": np.zeros(12, np.float32)}, "train_labels must be 12 whole numbers.*Got float32"),
         ({"test_images": np.zeros((12, 8, 8), np.float32)}, "test_images must be uint8 .*Got float32"),
-        ({"test_images": np.zeros((12, 8, 8, 8), np.uint8)}, r"test_images must be uint8 .*Got uint8 of \(12, 8, 8, 8\)"),
-        ({"test_images": np.zeros((0, 8, 8), np.uint8), "test_labels": np.zeros(0, np.uint8)}, "has no pixels"),
+        (
+            {"test_images": np.zeros((12, 8, 8, 8), np.uint8)},
+            r"test_images must be uint8 .*Got uint8 of \(12, 8, 8, 8\)",
+        ),
+        (
+            {"test_images": np.zeros((0, 8, 8), np.uint8), "test_labels": np.zeros(0, np.uint8)},
+            "has no pixels",
+        ),
         ({"train_labels": np.array([{}] * 12, dtype=object)}, "is no .npz of plain arrays"),
     ],
 )
@@ -280,5 +329,5 @@ def test_files_that_are_no_npz_are_refused(tmp_path):
     array = (tmp_path / "array.npy").read_bytes()
     for data in (b"", b"hello", whole[: len(whole) // 2], bytes(middle), array, b"PK\x03\x04" + b"\0" * 50):
         (tmp_path / "bad.npz").write_bytes(data)
-        with pytest.raises(ZooError, match="bad.npz"):
+        with pytest.raises(ZooError, match=r"bad.npz"):
             find_in_npz(tmp_path / "bad.npz", tmp_path / "images")

@@ -32,7 +32,9 @@ RECORD = {
 
 def tiny_rows() -> list[tuple[str, ...]]:
     rows = []
-    for number, (label, split) in enumerate((label, split) for label in "ab" for split in ("train", "val", "test")):
+    for number, (label, split) in enumerate(
+        (label, split) for label in "ab" for split in ("train", "val", "test")
+    ):
         digest = sha256_bytes(f"{label}{split}".encode())
         rows.append((f"id{number}", f"{label}/{split}.png", label, f"g{number}", split, digest, "0" * 64))
     return rows
@@ -62,7 +64,9 @@ def test_a_dataset_is_read_as_it_was_written(tmp_path):
     assert dataset.of_split("val")["path"].tolist() == ["a/val.png", "b/val.png"]
     assert dataset.of_split("val").index.tolist() == [0, 1]
     assert dataset.image_path("a/val.png").read_bytes() == b"aval"
-    with pytest.raises(ZooError, match="split must be one of train, val, test. Got 'tests'; did you mean 'test'"):
+    with pytest.raises(
+        ZooError, match=r"split must be one of train, val, test. Got 'tests'; did you mean 'test'"
+    ):
         dataset.of_split("tests")
 
 
@@ -75,7 +79,19 @@ def test_the_same_input_in_any_order_gives_the_same_bytes(tmp_path):
     assert before[0].startswith(b"sample_id,path,label,group,split,sha256,pixel_sha256\nid")
 
 
-NAMES = ["a, b", 'say "hi"', "two\nlines", "lone\rreturn", "crlf\r\n", "=cmd|' /C calc'!A0", " blank ", "größe 肺", "-", "'", "\t"]
+NAMES = [
+    "a, b",
+    'say "hi"',
+    "two\nlines",
+    "lone\rreturn",
+    "crlf\r\n",
+    "=cmd|' /C calc'!A0",
+    " blank ",
+    "größe 肺",
+    "-",
+    "'",
+    "\t",
+]
 texts = st.one_of(
     st.sampled_from(NAMES),
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12),
@@ -97,7 +113,9 @@ def test_any_name_survives_the_round_trip(tmp_path_factory, labels, group):
 
 
 def test_odd_paths_survive_the_round_trip(tmp_path):
-    rows = [(each[0], f"{name}/{each[1]}", *each[2:]) for each, name in zip(tiny_rows() * 2, NAMES, strict=False)]
+    rows = [
+        (each[0], f"{name}/{each[1]}", *each[2:]) for each, name in zip(tiny_rows() * 2, NAMES, strict=False)
+    ]
     rows = [(f"s{number}", *row[1:]) for number, row in enumerate(rows)]
     dataset = load_dataset("tiny", make_tiny(tmp_path, rows=rows))
     assert sorted(dataset.frame["path"]) == sorted(row[1] for row in rows)
@@ -108,8 +126,16 @@ def test_odd_paths_survive_the_round_trip(tmp_path):
     [
         (b",pixel_sha256\n", b"\n", "has no column pixel_sha256"),
         (b"sample_id,path", b"sample_id;path", "has no column sample_id, path"),
-        (b"g1,val", b"g1,valid", r"image 'a/val.png': split must be one of train, val, test. Got 'valid'; did you mean"),
-        (b"a/val.png,a", b"a/val.png,A", "label 'A' is not among the classes of dataset.toml; did you mean 'a'"),
+        (
+            b"g1,val",
+            b"g1,valid",
+            r"image 'a/val.png': split must be one of train, val, test. Got 'valid'; did you mean",
+        ),
+        (
+            b"a/val.png,a",
+            b"a/val.png,A",
+            "label 'A' is not among the classes of dataset.toml; did you mean 'a'",
+        ),
         (b"a/val.png", b"../val.png", "below the dataset's root, without '..'"),
         (b"a/val.png", b"a/../../b.png", "below the dataset's root, without '..'"),
         (b"a/val.png", b"/etc/passwd", "below the dataset's root, without '..'"),
@@ -148,7 +174,10 @@ def test_a_wrong_manifest_is_refused_with_the_reason(tmp_path, old, new, reason)
         ({"negative_class": "c"}, "negative_class must be one of the classes. Got 'c'"),
         ({"root": ""}, "root must be the folder of the images"),
         ({"bad_images": "ignore"}, "bad_images must be fail or skip. Got 'ignore'"),
-        ({"bad_images": 1, "root": 1}, "root must be the folder of the images; bad_images must be fail or skip"),
+        (
+            {"bad_images": 1, "root": 1},
+            "root must be the folder of the images; bad_images must be fail or skip",
+        ),
     ],
 )
 def test_a_wrong_record_is_neither_written_nor_read(tmp_path, changes, reason):
@@ -173,14 +202,16 @@ def test_wrong_rows_are_not_written(tmp_path):
 
 def test_missing_files_and_unknown_names_say_what_to_do(tmp_path):
     home = make_tiny(tmp_path)
-    with pytest.raises(ZooError, match="there is no dataset 'tini'; did you mean 'tiny'.*`zoo data import SOURCE"):
+    with pytest.raises(
+        ZooError, match=r"there is no dataset 'tini'; did you mean 'tiny'.*`zoo data import SOURCE"
+    ):
         load_dataset("tini", home)
     with pytest.raises(ZooError, match="dataset name must be"):
         load_dataset("../tiny", home)
     with pytest.raises(ZooError, match="there is no dataset 'digits'"):
         load_dataset("digits", home, make_builtin=False)
     (home.data / "tiny" / "manifest.csv").unlink()
-    with pytest.raises(ZooError, match="cannot read .*manifest.csv.*; import the dataset again"):
+    with pytest.raises(ZooError, match=r"cannot read .*manifest.csv.*; import the dataset again"):
         load_dataset("tiny", home)
 
 
@@ -191,7 +222,13 @@ def test_root_may_be_absolute_or_relative_to_the_datasets_folder(tmp_path):
 
 def test_datasets_are_listed_with_the_built_in_ones(tmp_path):
     rows = {row["name"]: row for row in list_datasets(make_tiny(tmp_path))}
-    assert rows["tiny"] == {"name": "tiny", "status": "ready", "images": 6, "classes": 2, "summary": "six images"}
+    assert rows["tiny"] == {
+        "name": "tiny",
+        "status": "ready",
+        "images": 6,
+        "classes": 2,
+        "summary": "six images",
+    }
     assert {"tiny", "lung-phantom", "digits"} <= set(rows)
     assert rows["digits"]["status"] == "built-in"
     assert list(rows) == sorted(rows)
@@ -226,7 +263,9 @@ def test_manifest_bytes_quote_only_what_must_be():
 
 
 def test_files_are_mapped_in_order_and_an_error_stops():
-    assert list(map_files(lambda number: number * number, range(1000))) == [number * number for number in range(1000)]
+    assert list(map_files(lambda number: number * number, range(1000))) == [
+        number * number for number in range(1000)
+    ]
     done = []
 
     def fail(number: int) -> int:

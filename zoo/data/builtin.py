@@ -54,7 +54,7 @@ def _write_png(folder: Path, path: str, pixels: np.ndarray[Any, Any]) -> None:
 def _make_phantom(folder: Path, given: dict[str, Any]) -> list[BuiltinImage]:
     from zoo.data.phantom import generate_phantom
 
-    known = {"patients": 100, "slices_per_patient": 6, "image_size_px": 96, "seed": 0}
+    known = {"patients": 240, "slices_per_patient": 3, "image_size_px": 96, "seed": 0}
     images = []
     for each in generate_phantom(**_options("lung-phantom", given, known)):
         path = f"{each.label}/{each.patient}-{each.slice_index:03d}.png"

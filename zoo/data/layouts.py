@@ -54,7 +54,7 @@ class Found:
 
     paths are relative to root; splits are empty where the source ships none, groups where it names none.
     grouped_by: how it named them. left_out: what was not taken, and how often. described: of `dataset.toml`,
-    in the source's words.
+    in the source's words; options: given to a generator.
     """
 
     kind: str
@@ -66,6 +66,7 @@ class Found:
     grouped_by: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     described: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     negative_class: str | None = None
 
     def add(self, path: str, label: str, split: str = "", group: str = "") -> None:

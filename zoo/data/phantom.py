@@ -15,7 +15,7 @@ LABELS = ("normal", "benign", "malignant")
 Field = np.ndarray[Any, np.dtype[np.float64]]
 
 # Grey levels in [0, 1] under a wide window: what a reader of CT expects relative to each other.
-_AIR, _LUNG, _FAT, _SOFT, _VESSEL, _BONE = 0.02, 0.16, 0.42, 0.60, 0.66, 0.95
+_AIR, _LUNG, _FAT, _SOFT, _VESSEL, _BONE = 0.02, 0.14, 0.42, 0.60, 0.50, 0.95
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PhantomSlice:
 
 
 def generate_phantom(
-    patients: int = 100, slices_per_patient: int = 6, image_size_px: int = 96, seed: int = 0
+    patients: int = 240, slices_per_patient: int = 3, image_size_px: int = 96, seed: int = 0
 ) -> Iterator[PhantomSlice]:
     """Yield the slices of invented patients, patient by patient; the same arguments give the same bytes.
 
@@ -60,22 +60,21 @@ class _Patient:
 
     def __init__(self, rng: np.random.Generator, label: str) -> None:
         self.label = label
-        self.body = np.array([rng.uniform(0.84, 0.94), rng.uniform(0.62, 0.74)])
+        self.body = np.array([rng.uniform(0.92, 0.98), rng.uniform(0.74, 0.84)])
         self.shift = rng.uniform(-0.03, 0.03, 2)
-        self.turn = rng.uniform(-0.08, 0.08)
         self.fat = rng.uniform(0.03, 0.09)
         self.lungs = [
-            (np.array([side * rng.uniform(0.39, 0.44), rng.uniform(-0.04, 0.03)]),
-             np.array([rng.uniform(0.25, 0.31), rng.uniform(0.40, 0.48)]), rng.uniform(-0.15, 0.15))
+            (np.array([side * rng.uniform(0.43, 0.48), rng.uniform(-0.04, 0.03)]),
+             np.array([rng.uniform(0.31, 0.36), rng.uniform(0.50, 0.58)]), rng.uniform(-0.15, 0.15))
             for side in (-1, 1)
         ]
         self.heart = np.array([rng.uniform(0.06, 0.14), rng.uniform(0.08, 0.18), rng.uniform(0.22, 0.28)])
-        self.aorta = np.array([rng.uniform(0.05, 0.10), rng.uniform(0.26, 0.32), rng.uniform(0.06, 0.08)])
+        self.aorta = np.array([rng.uniform(0.05, 0.10), rng.uniform(0.30, 0.36), rng.uniform(0.06, 0.08)])
         self.ribs = rng.uniform(0, 2 * np.pi)
         self.gain, self.offset = rng.uniform(0.92, 1.08), rng.uniform(-0.04, 0.04)
-        self.noise = rng.uniform(0.030, 0.055)
+        self.noise = rng.uniform(0.025, 0.045)
         self.vessels = [self._tree(rng, side) for side in (0, 1)]
-        self.dots = [self._dot(rng) for _ in range(int(rng.integers(10, 22)))]
+        self.dots = [self._dot(rng) for _ in range(int(rng.integers(8, 16)))]
         self.airways = [(self._inside(rng, 0.35), rng.uniform(0.025, 0.045)) for _ in range(int(rng.integers(2, 5)))]
         self.nodule = self._nodule(rng)
 
@@ -90,8 +89,8 @@ class _Patient:
         centre, radii, _ = self.lungs[side]
         hilum = centre + np.array([-np.sign(centre[0]) * radii[0] * 0.85, 0.02])
         segments = []
-        for start_angle in rng.uniform(-1.2, 1.2, int(rng.integers(4, 6))):
-            stack = [(hilum, start_angle, rng.uniform(0.020, 0.030), 0)]
+        for start_angle in rng.uniform(-1.2, 1.2, int(rng.integers(3, 5))):
+            stack = [(hilum, start_angle, rng.uniform(0.016, 0.023), 0)]
             while stack:
                 place, angle, radius, level = stack.pop()
                 length = rng.uniform(0.10, 0.17) * 0.85**level
@@ -105,11 +104,11 @@ class _Patient:
 
     def _dot(self, rng: np.random.Generator) -> tuple[Field, float, float, Field]:
         """Return a vessel that crosses the slice: place, radius, elongation, and its drift through the scan."""
-        return self._inside(rng, 0.92), rng.uniform(0.012, 0.048), rng.uniform(1.0, 1.5), rng.normal(0, 0.05, 2)
+        return self._inside(rng, 0.92), rng.uniform(0.010, 0.034), rng.uniform(1.0, 1.5), rng.normal(0, 0.05, 2)
 
     def _nodule(self, rng: np.random.Generator) -> dict[str, Any] | None:
         place, waves = self._inside(rng, 0.72), rng.uniform(0, 2 * np.pi, 4)
-        benign, malignant = rng.uniform(0.052, 0.088), rng.uniform(0.068, 0.118)
+        benign, malignant = rng.uniform(0.075, 0.115), rng.uniform(0.100, 0.165)
         angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(7, 13))))
         lengths, drift = rng.uniform(0.5, 1.1, len(angles)), rng.normal(0, 0.02, 2)
         level = rng.uniform(-0.06, 0.04)
@@ -122,9 +121,7 @@ class _Patient:
 
 def _render(patient: _Patient, depth: float, size: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.uint8]]:
     axis = (np.arange(size) + 0.5) / size * 2 - 1
-    x0, y0 = np.meshgrid(axis - patient.shift[0], axis - patient.shift[1])
-    cos, sin = np.cos(patient.turn), np.sin(patient.turn)
-    x, y = cos * x0 + sin * y0, cos * y0 - sin * x0
+    x, y = np.meshgrid(axis - patient.shift[0], axis - patient.shift[1])
     soft = 1.2 / size  # half a pixel's worth of partial volume
     image = np.full((size, size), _AIR)
     rim = 1 - np.hypot(x / patient.body[0], y / patient.body[1])
@@ -142,9 +139,9 @@ def _render(patient: _Patient, depth: float, size: int, rng: np.random.Generator
     lung *= 1 - heart
     texture = gaussian_filter(np.random.default_rng(1).standard_normal((size, size)), size / 40)
     inner = np.full((size, size), _LUNG) + 0.02 * texture / (texture.std() + 1e-9)
-    inner = _paint_vessels(inner, patient, depth, x, y, soft)
+    _paint_vessels(inner, patient, depth, x, y, soft)
     if patient.nodule is not None:
-        inner = _paint_nodule(inner, patient.nodule, depth, malignant=patient.label == "malignant", x=x, y=y, soft=soft)
+        _paint_nodule(inner, patient.nodule, depth, malignant=patient.label == "malignant", x=x, y=y, soft=soft)
     image = image * (1 - lung) + inner * lung
     image = _paint(image, patient.aorta[2] - np.hypot(x + patient.aorta[0], y - patient.aorta[1]), _SOFT + 0.06, soft)
     image = _paint(image, 0.045 - np.hypot(x, y + 0.06), _AIR + 0.03, soft)
@@ -172,48 +169,61 @@ def _paint_ribs(image: Field, patient: _Patient, x: Field, y: Field, soft: float
         along = -np.sin(angle) * (x - cx) + np.cos(angle) * (y - cy)
         across = np.cos(angle) * (x - cx) + np.sin(angle) * (y - cy)
         image = _paint(image, (1 - np.hypot(along / 0.10, across / 0.028)) * 0.028, _BONE, soft)
-    image = _paint(image, (1 - np.hypot(x / 0.13, (y - 0.44) / 0.10)) * 0.10, _BONE - 0.08, soft)
-    image = _paint(image, (1 - np.hypot(x / 0.035, (y - 0.57) / 0.09)) * 0.035, _BONE - 0.12, soft)
-    return _paint(image, 0.038 - np.hypot(x, y - 0.545), _SOFT - 0.12, soft)
+    image = _paint(image, (1 - np.hypot(x / 0.13, (y - 0.50) / 0.10)) * 0.10, _BONE - 0.08, soft)
+    image = _paint(image, (1 - np.hypot(x / 0.035, (y - 0.63) / 0.09)) * 0.035, _BONE - 0.12, soft)
+    return _paint(image, 0.038 - np.hypot(x, y - 0.605), _SOFT - 0.12, soft)
 
 
-def _paint_vessels(image: Field, patient: _Patient, depth: float, x: Field, y: Field, soft: float) -> Field:
+def _near(image: Field, x: Field, y: Field, low: Field, high: Field) -> tuple[Field, Field, Field]:
+    """Return views of the image and its coordinates around a box: most of a slice is far from a small thing."""
+    columns = slice(*np.searchsorted(x[0], (low[0], high[0])))
+    rows = slice(*np.searchsorted(y[:, 0], (low[1], high[1])))
+    return image[rows, columns], x[rows, columns], y[rows, columns]
+
+
+def _paint_vessels(image: Field, patient: _Patient, depth: float, x: Field, y: Field, soft: float) -> None:
     for segments in patient.vessels:
         for start, end, radius in segments:
-            step = end - start
-            t = np.clip(((x - start[0]) * step[0] + (y - start[1]) * step[1]) / (step @ step), 0, 1)
-            distance = np.hypot(x - start[0] - t * step[0], y - start[1] - t * step[1] - 0.03 * depth)
-            image = _paint(image, radius * (1 - 0.15 * abs(depth)) - distance, _VESSEL, soft)
+            step, rise = end - start, np.array([0.0, 0.03 * depth])
+            margin = radius + 2 * soft
+            low, high = np.minimum(start, end) + rise - margin, np.maximum(start, end) + rise + margin
+            part, px, py = _near(image, x, y, low, high)
+            t = np.clip(((px - start[0]) * step[0] + (py - rise[1] - start[1]) * step[1]) / (step @ step), 0, 1)
+            distance = np.hypot(px - start[0] - t * step[0], py - rise[1] - start[1] - t * step[1])
+            part[:] = _paint(part, radius * (1 - 0.15 * abs(depth)) - distance, _VESSEL, soft)
     for place, radius, longer, drift in patient.dots:
-        cx, cy = place + drift * depth
-        image = _paint(image, radius - np.hypot((x - cx) / longer, y - cy), _VESSEL, soft)
+        centre = place + drift * depth
+        part, px, py = _near(image, x, y, centre - radius * longer - 2 * soft, centre + radius * longer + 2 * soft)
+        part[:] = _paint(part, radius - np.hypot((px - centre[0]) / longer, py - centre[1]), _VESSEL, soft)
     for place, radius in patient.airways:
-        distance = np.hypot(x - place[0], y - place[1] - 0.02 * depth)
-        image = _paint(image, radius - distance, _VESSEL - 0.06, soft)
-        image = _paint(image, radius * 0.62 - distance, _AIR + 0.03, soft)
-    return image
+        centre = place + np.array([0.0, 0.02 * depth])
+        part, px, py = _near(image, x, y, centre - radius - 2 * soft, centre + radius + 2 * soft)
+        distance = np.hypot(px - centre[0], py - centre[1])
+        part[:] = _paint(part, radius - distance, _VESSEL - 0.06, soft)
+        part[:] = _paint(part, radius * 0.62 - distance, _AIR + 0.03, soft)
 
 
 def _paint_nodule(
-    image: Field, nodule: dict[str, Any], depth: float, *, malignant: bool, x: Field, y: Field, soft: float
-) -> Field:
-    cx, cy = nodule["place"] + nodule["drift"] * depth
+    whole: Field, nodule: dict[str, Any], depth: float, *, malignant: bool, x: Field, y: Field, soft: float
+) -> None:
+    centre = nodule["place"] + nodule["drift"] * depth
     radius = nodule["radius"] * np.sqrt(1 - (0.62 * depth) ** 2)
-    dx, dy = x - cx, y - cy
+    image, px, py = _near(whole, x, y, centre - 2.5 * radius, centre + 2.5 * radius)
+    dx, dy = px - centre[0], py - centre[1]
     distance, angle = np.hypot(dx, dy), np.arctan2(dy, dx)
-    level = _VESSEL + nodule["level"]
+    level = _SOFT + 0.08 + nodule["level"]
     if not malignant:
-        return _paint(image, radius - distance, level, soft)
+        image[:] = _paint(image, radius - distance, level, soft)
+        return
     ragged = sum(
         size * np.cos(k * angle + phase)
         for size, k, phase in zip((0.14, 0.10, 0.07, 0.05), (2, 3, 5, 8), nodule["waves"], strict=True)
     )
-    image = _paint(image, radius * (0.92 + ragged) - distance, level, soft)
+    image[:] = _paint(image, radius * (0.92 + ragged) - distance, level, soft)
     for spicule, length in zip(nodule["angles"], nodule["lengths"], strict=True):
         along = np.cos(spicule) * dx + np.sin(spicule) * dy
         across = -np.sin(spicule) * dx + np.cos(spicule) * dy
         reach = radius * (1 + length)
         width = 0.016 * np.clip(1 - along / reach, 0, 1) + 0.003
         inside = np.where((along > 0) & (along < reach), width - np.abs(across), -1.0)
-        image = _paint(image, inside, level - 0.05, soft)
-    return image
+        image[:] = _paint(image, inside, level - 0.05, soft)

@@ -61,7 +61,6 @@ def split_rows(
     ids = [sha256_bytes(path.encode())[:16] for path in found.paths]
     if len(set(ids)) < len(ids):
         raise ZooError("two images have one sample_id: their paths' digests collide; rename one of them")
-    _check_classes(labels)
     own = [group or sample_id for group, sample_id in zip(found.groups or [""] * len(ids), ids, strict=True)]
     keys = [f"{split} {pixel}" for split, pixel in zip(found.splits, pixels, strict=True)]
     groups = merge_identical(own, keys)
@@ -118,7 +117,8 @@ def _across(names: Sequence[str], splits: Sequence[str]) -> int:
     return sum(count > 1 for count in times.values())
 
 
-def _check_classes(labels: Sequence[str]) -> None:
+def check_classes(labels: Sequence[str]) -> None:
+    """Raise ZooError unless there are two classes or more."""
     classes = sorted(set(labels))
     if len(classes) < 2:
         only = f", {one_line(classes[0])!r}" if classes else ""

@@ -24,7 +24,7 @@ from zoo.data.manifest import (
     map_files,
     write_dataset,
 )
-from zoo.data.rows import Grouping, split_rows
+from zoo.data.rows import Grouping, check_classes, split_rows
 from zoo.data.split import DEFAULT_RATIOS, check_ratios, check_seed
 from zoo.errors import ZooError, nearest, one_line
 from zoo.files import Home, check_name, home, read_toml, sha256_bytes, write_error
@@ -87,25 +87,28 @@ def import_dataset(
             options=builtin_options,
         )
         grouping.apply(found)
+        check_classes(found.labels)
+        classes = _class_order(set(found.labels))
+        negative = _negative_class(classes, negative_class or found.negative_class)
         kept, digests, skipped = _examine_all(found, bad_images, progress)
         rows, facts = split_rows(kept, digests, ratios, seed)
         if copy and not found.root.is_relative_to(stage):
             _copy(kept, stage / "images")
-        classes = _class_order({row[2] for row in rows})
-        negative = _negative_class(classes, negative_class or found.negative_class)
         record = {
             "name": name,
             "summary": f"{len(rows)} images of {len(classes)} classes",
             **found.described,
             "root": "images" if (stage / "images").is_dir() else _root_text(found.root, source, folder),
             "classes": classes,
-            **({"negative_class": negative} if negative else {}),
+            "negative_class": negative,
             "bad_images": bad_images,
-            "import": {"kind": found.kind, **builtin_options},
+            "import": {"kind": found.kind, **found.options},
             **facts,
-            **{key: value for key, value in (("left_out", found.left_out), ("skipped", skipped)) if value},
+            "left_out": found.left_out,
+            "skipped": skipped,
         }
-        _write(folder, rows, record, stage, overwrite)
+        kept_record = {key: value for key, value in record.items() if value not in (None, {})}
+        _write(folder, rows, kept_record, stage, overwrite)
     return load_dataset(name, root)
 
 
@@ -251,13 +254,17 @@ def _find_builtin(name: str, images: Path, options: dict[str, Any]) -> Found:
 
     builtin = BUILTIN[name]
     found = Found("built-in", images, negative_class=builtin.negative_class)
+    found.options = {"name": name, **options}
     found.described = {
         key: value for key in _DESCRIBED if (value := getattr(builtin, key, None)) is not None and value != ""
     }
     images.mkdir()
-    for row in builtin.make(images, options):
+    # `seed` alone means the split's everywhere.
+    renamed = {"seed" if key == "data_seed" else key: value for key, value in options.items()}
+    for row in builtin.make(images, renamed):
         found.add(row["path"], row["label"], "", row["group"])
-    found.grouped_by = {"group_column": "group"}
+    if any(found.groups):
+        found.grouped_by = {"group_column": "group"}
     return found
 
 
@@ -279,6 +286,10 @@ def _examine_all(
             f"{remedy}, or leave such images out with --bad-images skip"
         )
     kept = found.only([not reason for _, _, reason in results])
+    if lost := sorted(set(found.labels) - set(kept.labels)):
+        raise ZooError(
+            f"no image of class {one_line(lost[0])!r} can be used; mend some, or leave the class out"
+        )
     digests = [(sha256, pixels) for sha256, pixels, reason in results if not reason]
     # A name that is no UTF-8 cannot stand in a file of UTF-8 as it is.
     return (

@@ -18,7 +18,7 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 DEFAULT_RATIOS = (0.7, 0.15, 0.15)
-_ATTEMPTS = 8  # of different orders, of which the best is kept, where there are few enough groups for it
+_ATTEMPTS = 4  # of different orders, of which the best is kept, where there are few enough groups for it
 _FEW_GROUPS = 2000
 _WALK_STEPS = 100
 
