@@ -42,24 +42,41 @@ _PLACES = {
 __all__ = ["__version__", *sorted(_PLACES)]  # noqa: PLE0604
 
 if TYPE_CHECKING:
-    from zoo.benchmark.suite import bench as bench, compare as compare
-    from zoo.data.manifest import load_dataset as load_dataset, split_summary as split_summary
+    from zoo.benchmark.suite import bench as bench
+    from zoo.benchmark.suite import compare as compare
+    from zoo.data.manifest import load_dataset as load_dataset
+    from zoo.data.manifest import split_summary as split_summary
     from zoo.data.sources import import_dataset as import_dataset
     from zoo.deployment.predictor import Predictor as Predictor
     from zoo.errors import ZooError as ZooError
-    from zoo.files import Home as Home, home as home
+    from zoo.files import Home as Home
+    from zoo.files import home as home
     from zoo.models.registry import (
         create_model as create_model,
+    )
+    from zoo.models.registry import (
         find_model as find_model,
+    )
+    from zoo.models.registry import (
         list_models as list_models,
+    )
+    from zoo.models.registry import (
         register_model as register_model,
     )
-    from zoo.recipe import Recipe as Recipe, list_recipes as list_recipes, load_recipe as load_recipe
-    from zoo.runs import Run as Run, find_run as find_run, list_runs as list_runs
+    from zoo.recipe import Recipe as Recipe
+    from zoo.recipe import list_recipes as list_recipes
+    from zoo.recipe import load_recipe as load_recipe
+    from zoo.runs import Run as Run
+    from zoo.runs import find_run as find_run
+    from zoo.runs import list_runs as list_runs
     from zoo.training.loop import train as train
     from zoo.training.scoring import (
         evaluate as evaluate,
+    )
+    from zoo.training.scoring import (
         load_model as load_model,
+    )
+    from zoo.training.scoring import (
         predictions_of as predictions_of,
     )
 

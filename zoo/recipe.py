@@ -266,9 +266,7 @@ def _unknown_keys(table: dict[str, Any]) -> list[str]:
     faults = []
     for key, value in table.items():
         if key == "name":
-            faults.append(
-                "unknown key 'name'; a recipe has the name of its file, [model] that of its network"
-            )
+            faults.append("unknown key 'name'; a recipe has the name of its file, [model] that of its network")
         elif key not in known:
             faults.append(f"unknown key {one_line(key)!r}{_nearest_key(key, known)}")
         elif known[key] is not None and isinstance(value, dict):
@@ -276,9 +274,7 @@ def _unknown_keys(table: dict[str, Any]) -> list[str]:
             names = ", ".join(sorted(full.removeprefix(f"{key}.") for full in inside))
             for full in (f"{key}.{inner}" for inner in value):
                 if full not in inside:
-                    hint = (
-                        _nearest_key(full, inside) or _nearest_key(full, known) or f"; [{key}] knows {names}"
-                    )
+                    hint = _nearest_key(full, inside) or _nearest_key(full, known) or f"; [{key}] knows {names}"
                     faults.append(f"unknown key {one_line(full)!r}{hint}")
     return faults
 

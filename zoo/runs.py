@@ -177,9 +177,7 @@ def list_runs(root: Home | None = None, dataset: str | None = None) -> list[Run]
         return []
     pattern = re.compile(rf"{re.escape(dataset)}--") if dataset else re.compile("")
     return [
-        Run(path)
-        for path in sorted(folder.iterdir())
-        if pattern.match(path.name) and (path / "run.json").is_file()
+        Run(path) for path in sorted(folder.iterdir()) if pattern.match(path.name) and (path / "run.json").is_file()
     ]
 
 

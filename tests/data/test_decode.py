@@ -86,9 +86,7 @@ def test_orientation_of_16_bit_grey():
     np.testing.assert_array_equal(decode(data)[:, :, 0], np.rot90(GREY, -1))
 
 
-@pytest.mark.parametrize(
-    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"MM\0*" * 9]
-)
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"MM\0*" * 9])
 def test_a_damaged_exif_block_does_not_cost_the_image(exif):
     assert decode(encode(COLOUR, "JPEG", exif=exif)).shape == COLOUR.shape
 
@@ -149,14 +147,7 @@ def big_endian_tiff(width: int, height: int, bits: int, pixels: bytes, **more: i
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(pixels)}
     tags |= {int(tag[1:]): value for tag, value in more.items()}
     entries = b"".join(struct.pack(">HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
-    return (
-        b"MM\0*"
-        + struct.pack(">I", 8 + len(pixels))
-        + pixels
-        + struct.pack(">H", len(tags))
-        + entries
-        + b"\0" * 4
-    )
+    return b"MM\0*" + struct.pack(">I", 8 + len(pixels)) + pixels + struct.pack(">H", len(tags)) + entries + b"\0" * 4
 
 
 def test_big_endian_16_bit_tiff():
@@ -224,12 +215,7 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_size_is_checked_in_the_header():
@@ -296,9 +282,7 @@ SEEDS = list(samples().values())
 @settings(max_examples=300, deadline=5000, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, len(SEEDS) - 1),
-    changes=st.lists(
-        st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)), max_size=12
-    ),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)), max_size=12),
     kept=st.floats(0.05, 1),
     tail=st.binary(max_size=30),
 )
@@ -393,9 +377,7 @@ def test_resize_keeps_the_aspect_and_bounds_it(shape, size, expected):
     size=st.integers(1, 64),
     interpolation=st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos"]),
 )
-def test_resize_has_the_shorter_side_exact_and_the_long_one_by_torchvisions_rule(
-    height, width, size, interpolation
-):
+def test_resize_has_the_shorter_side_exact_and_the_long_one_by_torchvisions_rule(height, width, size, interpolation):
     resized = resize(np.full((height, width, 3), 77, np.uint8), size, interpolation)
     short, long = sorted(resized.shape[:2])
     inner_short = min(height, width)

@@ -26,9 +26,7 @@ def write_csv(tmp_path: Path, text: str, encoding: str = "utf-8") -> Path:
 
 
 def test_a_folder_per_class(tmp_path):
-    touch(
-        tmp_path, "Normal cases/a (1).JPG", "Normal cases/deep/er/b.png", "größe 肺/c.tiff", "größe 肺/d.Webp"
-    )
+    touch(tmp_path, "Normal cases/a (1).JPG", "Normal cases/deep/er/b.png", "größe 肺/c.tiff", "größe 肺/d.Webp")
     found = find_in_folder(tmp_path, {})
     assert found.kind == "folder"
     assert found.paths == [
@@ -286,9 +284,7 @@ def test_a_medmnist_npz_is_written_as_images(tmp_path, shape):
 def test_labels_of_one_dimension_and_splits_that_are_missing(tmp_path):
     arrays = medmnist()
     labels = arrays["train_labels"][:, 0]
-    found = find_in_npz(
-        npz(tmp_path, train_images=arrays["train_images"], train_labels=labels), tmp_path / "images"
-    )
+    found = find_in_npz(npz(tmp_path, train_images=arrays["train_images"], train_labels=labels), tmp_path / "images")
     assert set(found.splits) == {"train"}
 
 

@@ -32,9 +32,7 @@ RECORD = {
 
 def tiny_rows() -> list[tuple[str, ...]]:
     rows = []
-    for number, (label, split) in enumerate(
-        (label, split) for label in "ab" for split in ("train", "val", "test")
-    ):
+    for number, (label, split) in enumerate((label, split) for label in "ab" for split in ("train", "val", "test")):
         digest = sha256_bytes(f"{label}{split}".encode())
         rows.append((f"id{number}", f"{label}/{split}.png", label, f"g{number}", split, digest, "0" * 64))
     return rows
@@ -64,9 +62,7 @@ def test_a_dataset_is_read_as_it_was_written(tmp_path):
     assert dataset.of_split("val")["path"].tolist() == ["a/val.png", "b/val.png"]
     assert dataset.of_split("val").index.tolist() == [0, 1]
     assert dataset.image_path("a/val.png").read_bytes() == b"aval"
-    with pytest.raises(
-        ZooError, match=r"split must be one of train, val, test. Got 'tests'; did you mean 'test'"
-    ):
+    with pytest.raises(ZooError, match=r"split must be one of train, val, test. Got 'tests'; did you mean 'test'"):
         dataset.of_split("tests")
 
 
@@ -113,9 +109,7 @@ def test_any_name_survives_the_round_trip(tmp_path_factory, labels, group):
 
 
 def test_odd_paths_survive_the_round_trip(tmp_path):
-    rows = [
-        (each[0], f"{name}/{each[1]}", *each[2:]) for each, name in zip(tiny_rows() * 2, NAMES, strict=False)
-    ]
+    rows = [(each[0], f"{name}/{each[1]}", *each[2:]) for each, name in zip(tiny_rows() * 2, NAMES, strict=False)]
     rows = [(f"s{number}", *row[1:]) for number, row in enumerate(rows)]
     dataset = load_dataset("tiny", make_tiny(tmp_path, rows=rows))
     assert sorted(dataset.frame["path"]) == sorted(row[1] for row in rows)
@@ -202,9 +196,7 @@ def test_wrong_rows_are_not_written(tmp_path):
 
 def test_missing_files_and_unknown_names_say_what_to_do(tmp_path):
     home = make_tiny(tmp_path)
-    with pytest.raises(
-        ZooError, match=r"there is no dataset 'tini'; did you mean 'tiny'.*`zoo data import SOURCE"
-    ):
+    with pytest.raises(ZooError, match=r"there is no dataset 'tini'; did you mean 'tiny'.*`zoo data import SOURCE"):
         load_dataset("tini", home)
     with pytest.raises(ZooError, match="dataset name must be"):
         load_dataset("../tiny", home)
@@ -263,9 +255,7 @@ def test_manifest_bytes_quote_only_what_must_be():
 
 
 def test_files_are_mapped_in_order_and_an_error_stops():
-    assert list(map_files(lambda number: number * number, range(1000))) == [
-        number * number for number in range(1000)
-    ]
+    assert list(map_files(lambda number: number * number, range(1000))) == [number * number for number in range(1000)]
     done = []
 
     def fail(number: int) -> int:

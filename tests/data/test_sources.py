@@ -25,9 +25,7 @@ def picture(path: Path, seed: int) -> Path:
     return path
 
 
-def make_folder(
-    folder: Path, classes=("Benign cases", "Normal cases"), count: int = 20, offset: int = 0
-) -> Path:
+def make_folder(folder: Path, classes=("Benign cases", "Normal cases"), count: int = 20, offset: int = 0) -> Path:
     for place, label in enumerate(classes):
         for number in range(1, count + 1):
             picture(folder / label / f"case ({number}).png", offset + place * 1000 + number)
@@ -89,9 +87,7 @@ def test_the_same_import_twice_gives_the_same_bytes_also_in_another_process(root
 def test_other_content_of_the_same_name_is_refused_unless_overwritten(root, source):
     import_dataset(source, "mine", root)
     before = files_of(root)
-    with pytest.raises(
-        ZooError, match=r"'mine' is there already with other content \(split, manifest differ\)"
-    ):
+    with pytest.raises(ZooError, match=r"'mine' is there already with other content \(split, manifest differ\)"):
         import_dataset(source, "mine", root, seed=1)
     with pytest.raises(ZooError, match=r"other content \(bad_images differ\); .*--overwrite"):
         import_dataset(source, "mine", root, bad_images="skip")
@@ -225,9 +221,7 @@ def test_groups_by_blocks_stay_together(root, source):
     assert dataset.facts["split"]["group_blocks"] == 5
     assert dataset.facts["counts"]["groups"] == 8
     assert (dataset.frame.groupby("group")["split"].nunique() == 1).all()
-    assert set(dataset.frame["group"]) == {
-        f"{label}/{block}" for label in dataset.classes for block in range(4)
-    }
+    assert set(dataset.frame["group"]) == {f"{label}/{block}" for label in dataset.classes for block in range(4)}
 
 
 def test_groups_by_regex_stay_together(root, source):
@@ -310,9 +304,7 @@ def test_a_csv_with_groups_is_split_by_them(root, source):
     lines = ["path;label;patient"]
     for path in sorted(source.rglob("*.png")):
         number = int(path.stem.split("(")[1].rstrip(")"))
-        lines.append(
-            f"{path.relative_to(source)};{'ill' if 'Ben' in str(path) else 'no finding'};p{number % 7}"
-        )
+        lines.append(f"{path.relative_to(source)};{'ill' if 'Ben' in str(path) else 'no finding'};p{number % 7}")
     (source / "labels.csv").write_text("\n".join(lines), encoding="utf-8-sig")
     dataset = import_dataset(source / "labels.csv", "mine", root, group_column="patient")
     assert dataset.negative_class == "no finding"
@@ -335,10 +327,7 @@ def test_a_csv_with_shipped_splits_and_a_missing_file(root, source):
 
 
 def test_a_class_that_a_shipped_csv_split_lacks_in_train_is_refused(root, source):
-    lines = [
-        f"{path},{path.parent.name},{'train' if 'Ben' in str(path) else 'test'}"
-        for path in source.rglob("*.png")
-    ]
+    lines = [f"{path},{path.parent.name},{'train' if 'Ben' in str(path) else 'test'}" for path in source.rglob("*.png")]
     lines = [line.replace("(1).png,Benign cases,train", "(1).png,Benign cases,val") for line in lines]
     (source / "labels.csv").write_text("\n".join(["path,label,split", *lines]))
     with pytest.raises(ZooError, match="class 'Normal cases' has no image in train"):
@@ -396,9 +385,7 @@ def test_shipped_splits_are_drawn_again_by_force_alone(root, tmp_path):
     dataset = import_dataset(make_splits(tmp_path, "train", "val", "test"), "mine", root)
     before = files_of(root)
     assert resplit_dataset("mine", root).split_digest == dataset.split_digest
-    with pytest.raises(
-        ZooError, match="the splits of 'mine' were shipped with the data and are kept; --force"
-    ):
+    with pytest.raises(ZooError, match="the splits of 'mine' were shipped with the data and are kept; --force"):
         resplit_dataset("mine", root, seed=1)
     assert files_of(root) == before
     forced = resplit_dataset("mine", root, force=True)
@@ -442,9 +429,7 @@ def test_wrong_options_are_refused_and_nothing_is_left(root, source, options, re
 def test_groups_that_would_have_to_be_torn_are_an_error(root, tmp_path):
     # Seven classes, each in three of seven groups, any two sharing one: no split can show each class thrice.
     lines = ["path,label,group"]
-    for label, groups in enumerate(
-        ((0, 1, 2), (0, 3, 4), (0, 5, 6), (1, 3, 5), (1, 4, 6), (2, 3, 6), (2, 4, 5))
-    ):
+    for label, groups in enumerate(((0, 1, 2), (0, 3, 4), (0, 5, 6), (1, 3, 5), (1, 4, 6), (2, 3, 6), (2, 4, 5))):
         for group in groups:
             path = picture(tmp_path / "fano" / f"{label}-{group}.png", label * 10 + group)
             lines.append(f"{path.name},class {label},{group}")
@@ -457,9 +442,7 @@ def test_wrong_sources_are_refused(root, source, tmp_path):
     (tmp_path / "archive.zip").write_bytes(b"PK")
     one = make_folder(tmp_path / "one", ("a",), 1)
     wrong = {
-        str(
-            tmp_path / "nowhere"
-        ): "there is nothing at '.*nowhere'; give a folder, a .csv or .npz file, or built-in",
+        str(tmp_path / "nowhere"): "there is nothing at '.*nowhere'; give a folder, a .csv or .npz file, or built-in",
         "digit": "there is nothing at 'digit'; did you mean 'digits'",
         "x" * 300: "there is nothing at",
         str(tmp_path / "archive.zip"): "the source must be a folder.*archive.zip'; unpack an archive first",

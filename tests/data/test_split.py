@@ -232,19 +232,13 @@ def test_merged_groups_are_the_connected_components(pairs):
                 if key_one == key_other:
                     joined = component[one] | component[other]
                     component[one] = component[other] = joined
-        component = {
-            group: set().union(*(component[each] for each in found)) for group, found in component.items()
-        }
+        component = {group: set().union(*(component[each] for each in found)) for group, found in component.items()}
     assert merged == [min(component[group]) for group in groups]
 
 
 def test_classes_of_too_few_groups_are_named():
     check_enough_groups(["a"] * 3, ["1", "2", "3"], SPLITS)
-    with pytest.raises(
-        ZooError, match="class 'a' has 1 group and needs at least 3 to stand in train, val, test; add"
-    ):
+    with pytest.raises(ZooError, match="class 'a' has 1 group and needs at least 3 to stand in train, val, test; add"):
         check_enough_groups(["a"] * 9, ["1"] * 9, SPLITS)
-    with pytest.raises(
-        ZooError, match=r"class 'a' has 2 groups and needs at least 3 .*\(2 classes have too few\)"
-    ):
+    with pytest.raises(ZooError, match=r"class 'a' has 2 groups and needs at least 3 .*\(2 classes have too few\)"):
         check_enough_groups(["a", "a", "b"], ["1", "2", "1"], SPLITS)

@@ -56,9 +56,7 @@ class FakeHub:
         self.requests.append(f"{request.command} {request.path}")
         content = self.files.get(request.path)
         if self.fault == "busy" or content is None:
-            known = any(
-                path.split("/resolve/")[0] == request.path.split("/resolve/")[0] for path in self.files
-            )
+            known = any(path.split("/resolve/")[0] == request.path.split("/resolve/")[0] for path in self.files)
             request.send_response(503 if self.fault == "busy" else 404)
             request.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
             request.send_header("Content-Length", "0")

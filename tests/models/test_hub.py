@@ -63,9 +63,7 @@ def test_a_hub_file_becomes_a_networks_weights(hub: Any, tmp_path: Path) -> None
     target = create_model(spec, 3, image_size=32)
     report = load_weights(target, resolve(tmp_path, spec), spec)
     assert report.head == "replaced"
-    assert torch.equal(
-        target.state_dict()["layer1.0.conv1.weight"], source.state_dict()["layer1.0.conv1.weight"]
-    )
+    assert torch.equal(target.state_dict()["layer1.0.conv1.weight"], source.state_dict()["layer1.0.conv1.weight"])
 
 
 def test_the_older_file_name_is_tried_second(hub: Any, tmp_path: Path) -> None:
@@ -118,9 +116,7 @@ def test_a_large_download_that_always_breaks_off_ends(hub: Any, tmp_path: Path) 
 def test_a_wrong_hash_is_refused_and_removed(hub: Any, tmp_path: Path) -> None:
     hub.add(REPO, "model.safetensors", CONTENT)
     hub.fault = "wrong"
-    with pytest.raises(
-        ZooError, match=r"model.safetensors is damaged: its sha256 is not the hub's. It was removed"
-    ):
+    with pytest.raises(ZooError, match=r"model.safetensors is damaged: its sha256 is not the hub's. It was removed"):
         resolve(tmp_path)
     assert cached_blobs(tmp_path) == []
     hub.fault = ""
@@ -139,9 +135,7 @@ def test_a_cached_file_that_was_damaged_is_refused_and_removed(damage: str, hub:
 
 
 def test_a_name_that_the_hub_does_not_have(hub: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        ZooError, match=r"fetching timm/resnet18.a1_in1k/model.safetensors failed \(HTTP status 404\)"
-    ):
+    with pytest.raises(ZooError, match=r"fetching timm/resnet18.a1_in1k/model.safetensors failed \(HTTP status 404\)"):
         resolve(tmp_path)
     hub.add(REPO, "README.md", b"text")
     with pytest.raises(ZooError, match=r"has neither model.safetensors nor pytorch_model.bin") as caught:
@@ -163,9 +157,7 @@ def test_a_hub_that_fails_is_given_up_at_once(fault: str, hub: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("by", ["flag", "environment"])
-def test_offline_opens_no_connection(
-    by: str, hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_opens_no_connection(by: str, hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add(REPO, "model.safetensors", CONTENT)
     if by == "environment":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")

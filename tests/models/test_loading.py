@@ -34,9 +34,7 @@ def save_to(path: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-def load(
-    path: Path, classes: int = 3, name: str = "resnet10t", size: int = 32
-) -> tuple[nn.Module, LoadReport]:
+def load(path: Path, classes: int = 3, name: str = "resnet10t", size: int = 32) -> tuple[nn.Module, LoadReport]:
     spec = find_model(name)
     model = create_model(spec, classes, image_size=size)
     return model, load_weights(model, file_of(path), spec)
@@ -129,9 +127,7 @@ def test_other_differences_are_refused_with_their_keys(source: Any, tmp_path: Pa
     assert said.startswith("weights 'a.pth' do not fit model 'resnet10t")
     assert "15 keys missing: layer4.0.conv1.weight, layer4.0.bn1.weight" in said and "and 10 more" in said
     assert "7 keys unexpected: x0, x1, x2, x3, x4 and 2 more" in said
-    assert (
-        "2 keys of another shape or type: bn1.weight (float32 5, not float32 64), bn1.bias (int64 24" in said
-    )
+    assert "2 keys of another shape or type: bn1.weight (float32 5, not float32 64), bn1.bias (int64 24" in said
     assert "\n" not in said
 
 
@@ -168,9 +164,7 @@ def test_positions_are_resized_to_another_image_size(tmp_path: Path) -> None:
 
 def test_torchvisions_names_are_turned_into_timms(tmp_path: Path) -> None:
     state = create_model(find_model("densenet121"), 3, image_size=32).state_dict()
-    old = {
-        re.sub(r"(denselayer\d+\.)(norm|conv)(\d)", r"\1\2.\3", key): value for key, value in state.items()
-    }
+    old = {re.sub(r"(denselayer\d+\.)(norm|conv)(\d)", r"\1\2.\3", key): value for key, value in state.items()}
     assert set(old) != set(state)
     model, report = load(save_to(tmp_path / "a.safetensors", old), name="densenet121")
     assert report.converted and report.head == "kept"
@@ -277,9 +271,7 @@ def test_a_file_of_random_bytes_is_refused(tmp_path: Path) -> None:
         ("mobilenetv2_100.onnxzoo_in1k_notop", "absent"),
     ],
 )
-def test_real_weights_load(
-    name: str, head: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_real_weights_load(name: str, head: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert name in KNOWN_WEIGHTS
     monkeypatch.setenv("ZOO_WEIGHTS", str(assets / "weights"))
     spec = find_model(name)
@@ -302,9 +294,7 @@ def test_a_real_head_is_kept_for_1000_classes(assets: Path) -> None:
 
 @pytest.mark.assets
 @pytest.mark.parametrize("path", ["Peterwagiuh/resnet18-f37072fd.pth", "hrli1997/resnet18-5c106cde.pth"])
-def test_real_truncated_files_are_refused_whatever_their_name(
-    path: str, assets: Path, tmp_path: Path
-) -> None:
+def test_real_truncated_files_are_refused_whatever_their_name(path: str, assets: Path, tmp_path: Path) -> None:
     shutil.copy(assets / "badweights" / path, tmp_path / "honest.pth")
     with pytest.raises(ZooError, match=r"weights 'honest.pth' (cannot be read|are damaged)") as caught:
         load(tmp_path / "honest.pth", name="resnet18")
@@ -317,9 +307,7 @@ def test_real_weights_load_as_timm_loads_them(name: str, assets: Path) -> None:
     path = assets / "weights" / f"{name}.safetensors"
     model, _ = load(path, 3, name, 224)
     overlay = {"file": str(path)}
-    theirs = timm.create_model(
-        name.partition(".")[0], pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3
-    )
+    theirs = timm.create_model(name.partition(".")[0], pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
     body = {key: value for key, value in theirs.state_dict().items() if not key.startswith("classifier.")}
     assert len(body) > 200
     assert all(torch.equal(model.state_dict()[key], value) for key, value in body.items())

@@ -89,9 +89,9 @@ def test_params_of_a_real_network() -> None:
 def test_params_table_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "list_models", lambda: ["resnet18"])
     write_params_table(tmp_path / "params.csv")
-    assert (
-        tmp_path / "params.csv"
-    ).read_text() == f"arch,params\nsimple_cnn,{count_params('simple_cnn')}\n" + ("resnet18,11689512\n")
+    assert (tmp_path / "params.csv").read_text() == f"arch,params\nsimple_cnn,{count_params('simple_cnn')}\n" + (
+        "resnet18,11689512\n"
+    )
 
 
 def test_an_architecture_that_the_table_lacks_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +207,7 @@ def test_a_file_that_states_nonsense_is_listed_but_not_found(
 
 def test_zoo_weights_must_be_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_WEIGHTS", "/no/such/folder")
-    with pytest.raises(
-        ZooError, match=r"ZOO_WEIGHTS must name a folder of weight files. Got '/no/such/folder'"
-    ):
+    with pytest.raises(ZooError, match=r"ZOO_WEIGHTS must name a folder of weight files. Got '/no/such/folder'"):
         list_models("simple_cnn")
 
 
@@ -358,9 +356,7 @@ def test_networks_are_built_and_train(name: str, kwargs: dict[str, Any], classif
 def test_known_rows_are_built_with_their_options() -> None:
     plain = create_model(find_model("mobilenetv2_035"), 3, image_size=32)
     keras = create_model(find_model("mobilenetv2_035.keras_in1k_notop"), 3, image_size=32)
-    chosen = create_model(
-        find_model("mobilenetv2_035.keras_in1k_notop"), 3, image_size=32, options={"pad_type": ""}
-    )
+    chosen = create_model(find_model("mobilenetv2_035.keras_in1k_notop"), 3, image_size=32, options={"pad_type": ""})
     kinds = [type(model.get_submodule("conv_stem")).__name__ for model in (plain, keras, chosen)]
     assert kinds == ["Conv2d", "Conv2dSame", "Conv2d"]
 

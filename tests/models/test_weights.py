@@ -50,9 +50,7 @@ def test_scratch_needs_no_file(tmp_path: Path) -> None:
         (["resnet18.a1_in1k.v2.pth", "resnet18.a2_in1k.safetensors"], "resnet18.a1_in1k.v2.pth"),
     ],
 )
-def test_the_most_exact_name_wins_then_safetensors(
-    files: list[str], taken: str, folder: Path, tmp_path: Path
-) -> None:
+def test_the_most_exact_name_wins_then_safetensors(files: list[str], taken: str, folder: Path, tmp_path: Path) -> None:
     put(folder, *files)
     found = resolve(find_model("resnet18.a1_in1k"), tmp_path)
     assert (found.path.name, found.location, found.origin) == (taken, taken, "ZOO_WEIGHTS")
@@ -64,9 +62,7 @@ def test_a_longer_tag_is_another_one(folder: Path, tmp_path: Path) -> None:
     assert {"augreg_in21k", "augreg_in21k_ft_in1k"} <= set(known_tags(VIT))
     put(folder, f"{VIT}.augreg_in21k_ft_in1k.safetensors")
     assert weights_at_hand(find_model(f"{VIT}.augreg_in21k")) == ""
-    with pytest.raises(
-        ZooError, match=rf"which holds other weights of {VIT}: {VIT}.augreg_in21k_ft_in1k.safe"
-    ):
+    with pytest.raises(ZooError, match=rf"which holds other weights of {VIT}: {VIT}.augreg_in21k_ft_in1k.safe"):
         resolve(find_model(f"{VIT}.augreg_in21k"), tmp_path)
     assert resolve(find_model(VIT), tmp_path).path.name == f"{VIT}.augreg_in21k_ft_in1k.safetensors"
 
@@ -75,9 +71,7 @@ def test_two_equally_good_files_are_ambiguous_unless_they_are_the_same(folder: P
     put(folder, "resnet18.a1_in1k-v1.pth", "resnet18.a1_in1k-v2.pth")
     assert resolve(find_model("resnet18"), tmp_path).path.name == "resnet18.a1_in1k-v1.pth"
     put(folder, "resnet18.a1_in1k-v2.pth", content=b"another")
-    message = (
-        r"2 files that fit 'resnet18.a1_in1k' equally well: resnet18.a1_in1k-v1.pth, resnet18.a1_in1k-v2.pth"
-    )
+    message = r"2 files that fit 'resnet18.a1_in1k' equally well: resnet18.a1_in1k-v1.pth, resnet18.a1_in1k-v2.pth"
     with pytest.raises(ZooError, match=message):
         resolve(find_model("resnet18"), tmp_path)
 
@@ -88,9 +82,7 @@ def test_an_architecture_without_timms_tags_takes_its_only_file(folder: Path, tm
     assert resolve(plain, tmp_path).path.name == "mobilenetv2_035.mine.safetensors"
     assert resolve(find_model("mobilenetv2_035"), tmp_path).path.name == "mobilenetv2_035.mine.safetensors"
     put(folder, "mobilenetv2_035.yours.pth", content=b"another")
-    with pytest.raises(
-        ZooError, match=r"equally well: mobilenetv2_035.mine.safetensors, mobilenetv2_035.yours.pth"
-    ):
+    with pytest.raises(ZooError, match=r"equally well: mobilenetv2_035.mine.safetensors, mobilenetv2_035.yours.pth"):
         resolve(find_model("mobilenetv2_035"), tmp_path)
 
 
@@ -158,9 +150,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.assets
 @pytest.mark.parametrize("name", sorted(KNOWN_WEIGHTS))
-def test_known_weights_at_hand(
-    name: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_known_weights_at_hand(name: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_WEIGHTS", str(assets / "weights"))
     row = find_model(name)
     assert row.weights_at_hand == "file"
@@ -176,7 +166,5 @@ def test_known_weights_at_hand(
 @pytest.mark.assets
 @pytest.mark.parametrize("path", ["Peterwagiuh/resnet18-f37072fd.pth", "hrli1997/resnet18-5c106cde.pth"])
 def test_files_that_lie_about_their_digest(path: str, assets: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ZooError, match=r"'resnet18-\w+.pth' is damaged or another file: its sha256 must begin"
-    ):
+    with pytest.raises(ZooError, match=r"'resnet18-\w+.pth' is damaged or another file: its sha256 must begin"):
         resolve(find_model("resnet18"), tmp_path, str(assets / "badweights" / path))

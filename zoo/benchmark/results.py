@@ -10,9 +10,9 @@ import numpy as np
 from zoo.data.cache import open_pixels
 from zoo.data.manifest import Dataset
 from zoo.data.transforms import center_crop
+from zoo.errors import ZooError
 from zoo.evaluation.floors import SIDE, compute_floors
 from zoo.evaluation.predictions import Predictions, read_predictions
-from zoo.errors import ZooError
 from zoo.files import Home, digest_of, read_json, write_json, write_text
 from zoo.reporting import plots
 from zoo.reporting.tables import Comparison, title, to_csv, to_markdown

@@ -215,7 +215,9 @@ def _run_one(
     return run
 
 
-def compare(runs: Iterable[Run | str] | None = None, *, data: str | None = None, root: Home | None = None) -> pd.DataFrame:
+def compare(
+    runs: Iterable[Run | str] | None = None, *, data: str | None = None, root: Home | None = None
+) -> pd.DataFrame:
     """Return the comparison of runs as a tidy pandas DataFrame, one row per recipe.
 
     runs: the runs, or their names; left out, all on the present split of `data`. Raises ZooError where they are

@@ -41,7 +41,9 @@ def _top(
     home: Annotated[
         Path | None, typer.Option("--home", help="Folder to work in; else $ZOO_HOME, else the current one.")
     ] = None,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     if home is not None:
         os.environ["ZOO_HOME"] = str(home)

@@ -41,7 +41,9 @@ def _package(name: str) -> dict[str, Any]:
         if "torchvision::nms" in str(error):
             pair = f"torch {version('torch')} and torchvision {version('torchvision')} do not belong together"
             return _check(shown, False, pair, "pip install --upgrade torch torchvision")
-        return _check(shown, False, f"cannot be imported: {one_line(error, 160)}", f"pip install --force-reinstall {shown}")
+        return _check(
+            shown, False, f"cannot be imported: {one_line(error, 160)}", f"pip install --force-reinstall {shown}"
+        )
     return _check(shown, True, number)
 
 

@@ -37,7 +37,9 @@ def parse_ratios(text: str) -> tuple[float, ...]:
 @app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="Folder, .csv, .npz, or built-in: lung-phantom, digits.")],
-    name: Annotated[str | None, typer.Option("--name", help="Name of the dataset; a built-in one's own by default.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the dataset; a built-in one's own by default.")
+    ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the images below data/; else they stay.")] = False,
     ratios: Annotated[str, typer.Option(help="Shares of train, val and test.")] = "0.7,0.15,0.15",
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
@@ -90,7 +92,6 @@ def split(
     name: Annotated[str, typer.Argument(help="Name of the dataset.")],
     ratios: Annotated[str | None, typer.Option(help="Shares of train, val and test, e.g. 0.7,0.15,0.15.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the split.")] = None,
-    group_column: GroupColumn = None,
     group_regex: GroupRegex = None,
     group_blocks: GroupBlocks = None,
     force: Annotated[bool, typer.Option("--force", help="Replace even the split that the data came with.")] = False,
@@ -106,7 +107,6 @@ def split(
         name,
         ratios=parse_ratios(ratios) if ratios else None,
         seed=seed,
-        group_column=group_column,
         group_regex=group_regex,
         group_blocks=group_blocks,
         force=force,

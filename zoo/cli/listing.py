@@ -26,7 +26,7 @@ def list_(
     home: HomeOption = None,
 ) -> None:
     """List models, recipes, datasets, benchmarks or runs."""
-    from zoo.cli.screen import print_json, print_table
+    from zoo.cli.screen import console, print_json, print_table
     from zoo.errors import ZooError, nearest, one_line
 
     makers = {
@@ -45,10 +45,13 @@ def list_(
     if not rows:
         typer.echo(f"no {kind} here{f' match {pattern!r}' if pattern else ''}")
         return
-    shown = [key for key in rows[0] if key not in ("path", "hub_id", "origin")]
+    shown = [key for key in rows[0] if key not in ("path", "hub_id", "origin", "split_digest")]
+    if console().width < 110 and kind == "recipes":
+        shown.remove("model")
     cells = [[_cell(row.get(key)) for key in shown] for row in rows]
-    numbers = ("params", "image size", "images", "classes", "seed", "test top1")
-    print_table([key.replace("_", " ") for key in shown], cells, numbers=numbers, folded=("summary", "name", "reason"))
+    numbers = ("params", "image size", "images", "classes", "seeds", "val top1", "test top1", "train s")
+    heads = [key.replace("_", " ") for key in shown]
+    print_table(heads, cells, numbers=numbers, folded=("name",), cut=("summary", "reason"))
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -53,6 +53,10 @@ def train(
     rows = [[name, f"{metrics[name]:.4f}"] for name in names if metrics.get(name) is not None]
     print_table(["metric", "val"], rows, run.name, numbers=("val",))
     out = console()
-    out.print(f"kept epoch {record.best_epoch} of {record.epochs}; {record.train_s:.1f} s; {run.path}", markup=False, soft_wrap=True)
+    out.print(
+        f"kept epoch {record.best_epoch} of {record.epochs}; {record.train_s:.1f} s; {run.path}",
+        markup=False,
+        soft_wrap=True,
+    )
     for split, paths in record.images_skipped.items():
         out.print(f"left out of {split}: {len(paths)} unreadable images", markup=False)

@@ -79,27 +79,60 @@ def print_table(
     title: str = "",
     numbers: Iterable[str] = (),
     folded: Iterable[str] = (),
+    cut: Iterable[str] = (),
 ) -> None:
-    """Print a table; `numbers` are the heads aligned right, `folded` those that may wrap."""
+    """Print a table; `numbers` are the heads aligned right, `folded` those that may wrap, `cut` be cut short."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    out = console()
     right, wrapped = set(numbers), set(folded)
-    table = Table(box=box.SIMPLE_HEAD, title=Text(title, style="bold") if title else None, pad_edge=False)
+    cells = _shortened(list(heads), [list(row) for row in rows], set(cut), out.width)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
         table.add_column(
-            head, justify="right" if head in right else "left", no_wrap=head not in wrapped, overflow="fold"
+            head,
+            justify="right" if head in right else "left",
+            no_wrap=head not in wrapped,
+            overflow="fold",
         )
-    for row in rows:
+    for row in cells:
         table.add_row(*(Text(cell) for cell in row))
-    console().print(table)
+    if title:
+        out.print(Text(title, style="bold"), soft_wrap=True)
+    out.print(table)
+
+
+def _shortened(heads: list[str], rows: list[list[str]], cut: set[str], width: int) -> list[list[str]]:
+    """Cut the cells of the `cut` columns so that names stay whole, at 20 characters at the least."""
+    places = [place for place, head in enumerate(heads) if head in cut]
+    if not places:
+        return rows
+    kept = sum(max(len(row[place]) for row in [heads, *rows]) + 2 for place in range(len(heads)) if place not in places)
+    room = max(16, (width - kept) // len(places) - 2)
+    for row in rows:
+        for place in places:
+            row[place] = row[place] if len(row[place]) <= room else row[place][: room - 1] + "…"
+    return rows
 
 
 # The comparison, in as many columns as the terminal has room for ----------------------------------------------------
 
 _NARROW = ("recipe", "val top1", "test top1", "95% CI", "ties", "train s")
-_WIDE = ("recipe", "weights", "params", "seeds", "val top1", "test top1", "95% CI", "ties", "macro F1", "AUROC", "train s")
+_WIDE = (
+    "recipe",
+    "weights",
+    "params",
+    "seeds",
+    "val top1",
+    "test top1",
+    "95% CI",
+    "ties",
+    "macro F1",
+    "AUROC",
+    "train s",
+)
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -129,7 +162,7 @@ def print_comparison(comparison: Comparison) -> None:
     out.print(LEGEND, markup=False, style="dim")
 
 
-# Progress ---------------------------------------------------------------------------------------------------------------
+# Progress -----------------------------------------------------------------------------------------------
 
 
 class Bars:

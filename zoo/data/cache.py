@@ -56,7 +56,7 @@ class Pixels:
             empty = self.file.stat().st_size == 0
             buffer = np.empty(0, np.uint8) if empty else np.memmap(self.file, np.uint8, "r")
             self.__dict__["_map"] = buffer
-        return buffer  # type: ignore[no-any-return]
+        return buffer
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_map"}
@@ -90,7 +90,7 @@ def open_pixels(
     if index is None:
         index = _build(pixel_file, paths, rows["sha256"].tolist(), preprocessing, policy, split, progress)
         with atomic_writer(index_file) as stream:
-            np.savez(stream, **index)
+            np.savez(stream, allow_pickle=False, **index)
     good = index["good"]
     place = {label: number for number, label in enumerate(dataset.classes)}
     kept = rows[good]
@@ -105,9 +105,7 @@ def open_pixels(
         shapes=index["shapes"][good],
         offsets=index["offsets"][good],
         skipped=[
-            f"{name}: {reason}"
-            for name, reason, fine in zip(names, reasons, good.tolist(), strict=True)
-            if not fine
+            f"{name}: {reason}" for name, reason, fine in zip(names, reasons, good.tolist(), strict=True) if not fine
         ],
     )
 
@@ -201,7 +199,7 @@ def _build(
         "stats": stats,
         "good": good,
         "reasons": np.array(reasons, dtype=str),
-        "bytes": np.int64(end),  # type: ignore[dict-item]
+        "bytes": np.array(end),
     }
 
 
@@ -213,8 +211,7 @@ def _in_order(
     jobs = zip(paths, digests, strict=True)
     with ThreadPoolExecutor(cores) as pool:
         waiting: deque[Future[Any]] = deque(
-            pool.submit(_read_image, path, digest, preprocessing)
-            for path, digest in itertools.islice(jobs, cores * 8)
+            pool.submit(_read_image, path, digest, preprocessing) for path, digest in itertools.islice(jobs, cores * 8)
         )
         try:
             while waiting:

@@ -86,9 +86,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
             return _upright(_to_rgb(image), image)
     except BadImage:
         raise
-    except (
-        Exception
-    ) as error:  # Pillow's readers raise a dozen kinds, AssertionError and struct.error among them
+    except Exception as error:  # Pillow's readers raise a dozen kinds, AssertionError and struct.error among them
         raise BadImage(_reason(error)) from error
 
 

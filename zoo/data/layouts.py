@@ -126,8 +126,7 @@ def find_in_folder(root: Path, not_classes: Mapping[Path, str]) -> Found:
     if not found.paths:
         rest = "; ".join(f"{count} {what}" for what, count in found.left_out.items()) or "nothing"
         raise ZooError(
-            f"{one_line(root)!r} has no image in a class folder (found: {rest}); it must hold a folder per "
-            "class"
+            f"{one_line(root)!r} has no image in a class folder (found: {rest}); it must hold a folder per class"
         )
     return found
 
@@ -137,9 +136,7 @@ def _add_splits(found: Found, splits: dict[Path, str]) -> None:
     for top, split in splits.items():
         doubles = [other.name for other, its in splits.items() if its == split]
         if len(doubles) > 1:
-            raise ZooError(
-                f"the folders {' and '.join(sorted(doubles))} are both the split {split}; keep one of them"
-            )
+            raise ZooError(f"the folders {' and '.join(sorted(doubles))} are both the split {split}; keep one of them")
         for folder in _folders(top):
             _add_class(found, folder, split)
         _leave_out(found, _files(top, deep=False), "images outside any class folder")
@@ -178,9 +175,7 @@ def _add_class(found: Found, folder: Path, split: str = "") -> None:
     try:
         folder.name.encode()
     except UnicodeEncodeError:
-        raise ZooError(
-            f"the name of the class folder {one_line(folder.name)!r} is no valid UTF-8; rename it"
-        ) from None
+        raise ZooError(f"the name of the class folder {one_line(folder.name)!r} is no valid UTF-8; rename it") from None
 
 
 def _leave_out(found: Found, files: Iterator[Path], images_are: str = "") -> list[Path]:
@@ -215,9 +210,7 @@ def _folders(folder: Path) -> list[Path]:
     return [path for path, is_folder in _entries(folder) if is_folder]
 
 
-def _files(
-    folder: Path, deep: bool = True, above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[Path]:
+def _files(folder: Path, deep: bool = True, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
     """Yield the files below a folder; links are followed, but not back to a folder that they lie in."""
     entries, facts = _entries(folder), folder.stat()
     here = (facts.st_dev, facts.st_ino)
@@ -264,32 +257,24 @@ def find_in_csv(path: Path, path_column: str, label_column: str, group_column: s
         elif place in seen:
             reason = "its path stands there twice"
         if reason:
-            raise ZooError(
-                f"{one_line(path)!r}, row {number + 1} ({one_line(row[path_column], 80)}): {reason}"
-            )
+            raise ZooError(f"{one_line(path)!r}, row {number + 1} ({one_line(row[path_column], 80)}): {reason}")
         seen.add(place)
         found.add(Path(place).relative_to(root).as_posix(), row[label_column], split, groups[number])
     if any(found.groups):
         found.grouped_by = {"group_column": group_column}
     if any(found.splits) and "train" not in found.splits:
-        raise ZooError(
-            f"{one_line(path)!r} has a column split, and no row of train; add some, or leave the column out"
-        )
+        raise ZooError(f"{one_line(path)!r} has a column split, and no row of train; add some, or leave the column out")
     return found
 
 
-def _csv_rows(
-    path: Path, path_column: str, label_column: str, group_column: str | None
-) -> list[dict[str, str]]:
+def _csv_rows(path: Path, path_column: str, label_column: str, group_column: str | None) -> list[dict[str, str]]:
     """Return the rows as dicts, fields stripped of blanks at the ends."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ZooError(f"cannot read {one_line(path)!r}: {one_line(error.strerror or error)}") from error
     except UnicodeDecodeError as error:
-        raise ZooError(
-            f"{one_line(path)!r} is no text in UTF-8 ({one_line(error)}); save it as UTF-8"
-        ) from error
+        raise ZooError(f"{one_line(path)!r} is no text in UTF-8 ({one_line(error)}); save it as UTF-8") from error
     first = text.split("\n", 1)[0]
     separator = max((",", ";", "\t"), key=first.count)
     try:
@@ -306,8 +291,7 @@ def _csv_rows(
         for cells in reader:
             if len(cells) != len(header) and any(cells):
                 raise ZooError(
-                    f"{one_line(path)!r} line {reader.line_num}: {len(cells)} fields where the header has "
-                    f"{len(header)}"
+                    f"{one_line(path)!r} line {reader.line_num}: {len(cells)} fields where the header has {len(header)}"
                 )
             if any(cells):
                 rows.append({key: cell.strip() for key, cell in zip(header, cells, strict=True)})
@@ -389,18 +373,14 @@ def _checked(
         pixels = pixels[:, :, :, 0]
     if pixels.dtype != np.uint8 or not (pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[3] == 3)):
         raise ZooError(
-            f"{what}_images must be uint8 of shape (N, H, W) or (N, H, W, 3). Got {pixels.dtype} of "
-            f"{pixels.shape}"
+            f"{what}_images must be uint8 of shape (N, H, W) or (N, H, W, 3). Got {pixels.dtype} of {pixels.shape}"
         )
     if labels.ndim == 2 and labels.shape[1] > 1:
-        raise ZooError(
-            f"{what}_labels has {labels.shape[1]} labels per image; only one label per image is supported"
-        )
+        raise ZooError(f"{what}_labels has {labels.shape[1]} labels per image; only one label per image is supported")
     labels = labels.reshape(-1) if labels.ndim == 2 else labels
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(pixels):
         raise ZooError(
-            f"{what}_labels must be {len(pixels)} whole numbers, one per image. Got {labels.dtype} of "
-            f"{labels.shape}"
+            f"{what}_labels must be {len(pixels)} whole numbers, one per image. Got {labels.dtype} of {labels.shape}"
         )
     if len(pixels) == 0 or 0 in pixels.shape:
         raise ZooError(f"{what}_images has no pixels: its shape is {pixels.shape}")

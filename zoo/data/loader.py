@@ -99,9 +99,7 @@ class TrainBatches:
         yield from self._loader
 
 
-def fixed_batches(
-    pixels: Pixels, image_size: int, batch_size: int
-) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+def fixed_batches(pixels: Pixels, image_size: int, batch_size: int) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
     """Yield a split's images, centre-cropped, in manifest order: uint8 arrays of shape (B, size, size, 3)."""
     from zoo.data.transforms import center_crop
 

@@ -68,9 +68,7 @@ class Dataset:
     def of_split(self, split: str) -> pd.DataFrame:
         """Return the manifest's rows of a split, numbered from 0; raises ZooError for an unknown split."""
         if split not in SPLITS:
-            raise ZooError(
-                f"split must be one of {', '.join(SPLITS)}. Got {one_line(split)!r}{nearest(split, SPLITS)}"
-            )
+            raise ZooError(f"split must be one of {', '.join(SPLITS)}. Got {one_line(split)!r}{nearest(split, SPLITS)}")
         return self.frame[self.frame["split"] == split].reset_index(drop=True)
 
 
@@ -284,14 +282,11 @@ def _parse_manifest(data: bytes, path: Path) -> list[Row]:
         for cells in reader:
             if len(cells) != len(header):
                 raise ZooError(
-                    f"{one_line(path)!r} line {reader.line_num}: {len(cells)} fields where the header has "
-                    f"{len(header)}"
+                    f"{one_line(path)!r} line {reader.line_num}: {len(cells)} fields where the header has {len(header)}"
                 )
             rows.append(tuple(cells[place] for place in places))  # type: ignore[arg-type]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ZooError(
-            f"{one_line(path)!r} is no valid CSV: {one_line(error)}; import the dataset again"
-        ) from error
+        raise ZooError(f"{one_line(path)!r} is no valid CSV: {one_line(error)}; import the dataset again") from error
     return rows
 
 
@@ -302,13 +297,9 @@ def _check_rows(rows: Sequence[Row], classes: Sequence[str], path: Path) -> None
     for sample_id, image, label, group, split, *_ in rows:
         reason = ""
         if split not in SPLITS:
-            reason = (
-                f"split must be one of {', '.join(SPLITS)}. Got {one_line(split)!r}{nearest(split, SPLITS)}"
-            )
+            reason = f"split must be one of {', '.join(SPLITS)}. Got {one_line(split)!r}{nearest(split, SPLITS)}"
         elif label not in allowed:
-            reason = (
-                f"label {one_line(label)!r} is not among the classes of dataset.toml{nearest(label, classes)}"
-            )
+            reason = f"label {one_line(label)!r} is not among the classes of dataset.toml{nearest(label, classes)}"
         elif not image or image.startswith("/") or ".." in image.split("/") or _has_drive(image):
             reason = "its path must lie below the dataset's root, without '..'"
         elif not sample_id or sample_id in ids:
@@ -324,9 +315,7 @@ def _check_rows(rows: Sequence[Row], classes: Sequence[str], path: Path) -> None
         standing.add((split, label))
     for split in SPLITS:
         if not any(each == split for each, _ in standing):
-            raise ZooError(
-                f"{one_line(path)!r}: split {split!r} has no image; split again with `zoo data split`"
-            )
+            raise ZooError(f"{one_line(path)!r}: split {split!r} has no image; split again with `zoo data split`")
     for label in classes:
         if ("train", label) not in standing:
             raise ZooError(

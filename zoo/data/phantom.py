@@ -64,8 +64,11 @@ class _Patient:
         self.shift = rng.uniform(-0.03, 0.03, 2)
         self.fat = rng.uniform(0.03, 0.09)
         self.lungs = [
-            (np.array([side * rng.uniform(0.43, 0.48), rng.uniform(-0.04, 0.03)]),
-             np.array([rng.uniform(0.31, 0.36), rng.uniform(0.50, 0.58)]), rng.uniform(-0.15, 0.15))
+            (
+                np.array([side * rng.uniform(0.43, 0.48), rng.uniform(-0.04, 0.03)]),
+                np.array([rng.uniform(0.31, 0.36), rng.uniform(0.50, 0.58)]),
+                rng.uniform(-0.15, 0.15),
+            )
             for side in (-1, 1)
         ]
         self.heart = np.array([rng.uniform(0.06, 0.14), rng.uniform(0.08, 0.18), rng.uniform(0.22, 0.28)])
@@ -115,11 +118,20 @@ class _Patient:
         if self.label == "normal":
             return None
         radius = benign if self.label == "benign" else malignant
-        return {"place": place, "radius": radius, "waves": waves, "angles": angles, "lengths": lengths,
-                "drift": drift, "level": level}
+        return {
+            "place": place,
+            "radius": radius,
+            "waves": waves,
+            "angles": angles,
+            "lengths": lengths,
+            "drift": drift,
+            "level": level,
+        }
 
 
-def _render(patient: _Patient, depth: float, size: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _render(
+    patient: _Patient, depth: float, size: int, rng: np.random.Generator
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     axis = (np.arange(size) + 0.5) / size * 2 - 1
     x, y = np.meshgrid(axis - patient.shift[0], axis - patient.shift[1])
     soft = 1.2 / size  # half a pixel's worth of partial volume
@@ -149,7 +161,7 @@ def _render(patient: _Patient, depth: float, size: int, rng: np.random.Generator
     grain = gaussian_filter(rng.standard_normal((size, size)), 0.6 * size / 96)
     image = image + patient.noise * grain / grain.std()
     image = (image * patient.gain + patient.offset + rng.normal(0, 0.01)) * 255
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(image), 0, 255), dtype=np.uint8)
 
 
 def _cover(inside: Field, soft: float) -> Field:

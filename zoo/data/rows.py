@@ -86,9 +86,7 @@ def split_rows(
     return rows, {"split": how, "counts": counts}
 
 
-def _draw(
-    found: Found, groups: Sequence[str], names: Sequence[str], ratios: Sequence[float], seed: int
-) -> list[str]:
+def _draw(found: Found, groups: Sequence[str], names: Sequence[str], ratios: Sequence[float], seed: int) -> list[str]:
     """Return every image's split: those of train, or of none, are shared out among names."""
     check_seed(seed)
     shares = dict(zip(SPLITS, check_ratios(ratios), strict=True))

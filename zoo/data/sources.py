@@ -134,15 +134,11 @@ def resplit_dataset(
     shipped = [] if force else list(old.get("shipped", []))
     if len(shipped) == len(SPLITS):
         if ratios is not None or seed is not None or grouping.record():
-            raise ZooError(
-                f"the splits of {name!r} were shipped with the data and are kept; --force draws others"
-            )
+            raise ZooError(f"the splits of {name!r} were shipped with the data and are kept; --force draws others")
         return dataset
     frame = dataset.frame
     splits = [split if split in shipped else "train" if shipped else "" for split in frame["split"]]
-    found = Found(
-        "", dataset.root, frame["path"].tolist(), frame["label"].tolist(), splits, frame["group"].tolist()
-    )
+    found = Found("", dataset.root, frame["path"].tolist(), frame["label"].tolist(), splits, frame["group"].tolist())
     found.grouped_by = {key: value for key, value in old.items() if key.startswith("group_")}
     grouping.apply(found)
     rows, facts = split_rows(
@@ -169,9 +165,7 @@ def describe_import(dataset: Dataset) -> list[str]:
     said = [f"left out: {what}: {count}" for what, count in dataset.facts.get("left_out", {}).items()]
     if skipped := dataset.facts.get("skipped", {}):
         path, reason = next(iter(skipped.items()))
-        said.append(
-            f"skipped: {len(skipped)} images that cannot be used; the first: {one_line(path)}: {reason}"
-        )
+        said.append(f"skipped: {len(skipped)} images that cannot be used; the first: {one_line(path)}: {reason}")
     if split.get("shipped"):
         kept = f"kept as shipped: {', '.join(split['shipped'])}"
         said.append(kept + (f"; cut from train: {', '.join(split['drawn'])}" if split.get("drawn") else ""))
@@ -217,9 +211,7 @@ def _find(
     if isinstance(source, str) and source in known:
         return _find_builtin(source, stage / "images", options)
     if options:
-        raise ZooError(
-            f"the option {one_line(next(iter(options)))!r} is for built-in data alone ({', '.join(known)})"
-        )
+        raise ZooError(f"the option {one_line(next(iter(options)))!r} is for built-in data alone ({', '.join(known)})")
     path = Path(source).expanduser()
     try:
         there = path.exists()
@@ -287,9 +279,7 @@ def _examine_all(
         )
     kept = found.only([not reason for _, _, reason in results])
     if lost := sorted(set(found.labels) - set(kept.labels)):
-        raise ZooError(
-            f"no image of class {one_line(lost[0])!r} can be used; mend some, or leave the class out"
-        )
+        raise ZooError(f"no image of class {one_line(lost[0])!r} can be used; mend some, or leave the class out")
     digests = [(sha256, pixels) for sha256, pixels, reason in results if not reason]
     # A name that is no UTF-8 cannot stand in a file of UTF-8 as it is.
     return (
@@ -380,9 +370,7 @@ def _write(folder: Path, rows: Sequence[Row], record: dict[str, Any], stage: Pat
             if key != "root" and record.get(key) != old.get(key)
         ]
         manifest = folder / "manifest.csv"
-        if manifest.is_file() and manifest.read_bytes() != manifest_bytes(
-            sorted(rows, key=lambda row: row[1])
-        ):
+        if manifest.is_file() and manifest.read_bytes() != manifest_bytes(sorted(rows, key=lambda row: row[1])):
             differing.append("manifest")
         if differing:
             raise ZooError(

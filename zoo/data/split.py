@@ -374,9 +374,7 @@ class _Draw:
         old, pairs = int(self.split_of[group]), self.table.pairs(group)
         needed, weight = self.table.needed, self.table.weight
         opened = sum(weight[cls] for cls, _ in pairs if old in needed[cls] and self.standing[cls][old] == 1)
-        closed = sum(
-            weight[cls] for cls, _ in pairs if place in needed[cls] and self.standing[cls][place] == 0
-        )
+        closed = sum(weight[cls] for cls, _ in pairs if place in needed[cls] and self.standing[cls][place] == 0)
         leaving = self._cost([(cls, -count) for cls, count in pairs], old)
         return opened - closed, self._cost(pairs, place) + leaving
 

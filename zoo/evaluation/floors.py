@@ -35,7 +35,7 @@ def compute_floors(
     """
     if not len(train_images) or not len(test_images):
         raise ZooError(
-            f"floors need training and test images. Got {len(train_images)} and {len(test_images)}; split the dataset again"
+            f"floors need training and test images. Got {len(train_images)} and {len(test_images)}; split again"
         )
     train_x, test_x = _grey(train_images), _grey(test_images)
     floors: dict[str, Callable[[], Any]] = {

@@ -29,9 +29,7 @@ METRIC_SIGN = {
 ECE_BINS = 15  # Guo et al. 2017, arXiv 1706.04599
 
 
-def compute_metrics(
-    predictions: Predictions, classes: list[str], negative_class: str | None = None
-) -> dict[str, Any]:
+def compute_metrics(predictions: Predictions, classes: list[str], negative_class: str | None = None) -> dict[str, Any]:
     """Return every metric of the predictions; one that is not defined on them is None.
 
     - `n`, `n_groups`; `top1`; `balanced_accuracy`, the mean recall of the classes that occur in y_true.
@@ -232,9 +230,7 @@ def _brier(y_true: np.ndarray, y_score: np.ndarray, positive: int | None) -> flo
     return float(mean_squared_error(np.eye(y_score.shape[1])[y_true], y_score) * y_score.shape[1])
 
 
-def _sensitivity_specificity(
-    y_true: np.ndarray, y_pred: np.ndarray, negative: int | None
-) -> dict[str, float | None]:
+def _sensitivity_specificity(y_true: np.ndarray, y_pred: np.ndarray, negative: int | None) -> dict[str, float | None]:
     from sklearn.metrics import recall_score
 
     if negative is None:

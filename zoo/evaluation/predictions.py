@@ -59,7 +59,7 @@ class Predictions:
         n = len(self.y_true) if self.y_true.ndim == 1 else -1
         if self.logits.ndim != 2 or any(shape[:1] != (n,) for shape in shapes.values()):
             raise ZooError(f"predictions must be (N,), (N,), (N,) and (N, C). Got {shapes}; score the run again")
-        if n and not (0 <= self.y_true.min() and self.y_true.max() < self.logits.shape[1]):
+        if n and not (self.y_true.min() >= 0 and self.y_true.max() < self.logits.shape[1]):
             raise ZooError(
                 f"y_true must lie in [0, {self.logits.shape[1]}), one logit for each class. Got "
                 f"{self.y_true.min()} to {self.y_true.max()}; score the run again"

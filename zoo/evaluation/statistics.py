@@ -32,7 +32,7 @@ def wilson_interval(correct: float, n: float, confidence: float = 0.95) -> tuple
     """
     if not (n > 0 and 0 <= correct <= n and 0 < confidence < 1):
         raise ZooError(
-            f"an interval needs 0 <= correct <= n, n > 0 and a confidence in (0, 1). Got {correct} of {n} at {confidence}"
+            f"an interval needs 0 <= correct <= n, n > 0 and confidence in (0, 1). Got {correct} of {n} at {confidence}"
         )
     return _score_interval(correct / n, n, NormalDist().inv_cdf(0.5 + confidence / 2))
 
@@ -259,9 +259,7 @@ def _t_quantile(probability: float, degrees: float) -> float:
     return float(stdtrit(degrees, probability))
 
 
-def _p_value(
-    seen: float, spread: np.ndarray, n_units: int, seed_variances: list[tuple[float, int]]
-) -> float:
+def _p_value(seen: float, spread: np.ndarray, n_units: int, seed_variances: list[tuple[float, int]]) -> float:
     from scipy.special import stdtr
 
     variance = float(spread.var())

@@ -98,24 +98,17 @@ class _Fit:
 def _compare(own: dict[str, Tensor], weights: dict[str, Tensor], heads: tuple[str, ...]) -> _Fit:
     def in_head(key: str, widened: bool = False) -> bool:
         # A file without a classifier may lack what prepares its input too: `head.norm` beside `head.fc`.
-        return any(
-            key.startswith(f"{head.rpartition('.')[0] if widened and '.' in head else head}.")
-            for head in heads
-        )
+        return any(key.startswith(f"{head.rpartition('.')[0] if widened and '.' in head else head}.") for head in heads)
 
     same = {key for key in own if key in weights and _same_kind(own[key], weights[key])}
     present = any(in_head(key) for key in weights)
     # A layer is taken whole or not at all: never a fresh weight beside the file's bias.
-    broken = {
-        key.rpartition(".")[0] for key in own if in_head(key) and key not in same and _COUNTER not in key
-    }
+    broken = {key.rpartition(".")[0] for key in own if in_head(key) and key not in same and _COUNTER not in key}
     fresh = {key for key in own if in_head(key) and key.rpartition(".")[0] in broken}
     if not present:
         fresh |= {key for key in own if key not in weights and in_head(key, widened=True)}
     missing = [key for key in own if key not in weights and key not in fresh and not key.endswith(_COUNTER)]
-    unexpected = [
-        key for key in weights if key not in own and not in_head(key) and not key.endswith(_COUNTER)
-    ]
+    unexpected = [key for key in weights if key not in own and not in_head(key) and not key.endswith(_COUNTER)]
     differing = [key for key in own if key in weights and key not in same and key not in fresh]
     shapes = [f"{key} ({_kind(weights[key])}, not {_kind(own[key])})" for key in differing]
     faults = [
@@ -167,9 +160,7 @@ def _timm_filters(arch: str) -> list[Callable[..., Any]]:
     return [found for found in (getattr(module, name, None) for name in _FILTERS) if callable(found)]
 
 
-def _filtered(
-    function: Callable[..., Any], weights: dict[str, Tensor], model: nn.Module
-) -> dict[str, Tensor] | None:
+def _filtered(function: Callable[..., Any], weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor] | None:
     """Return what timm's filter makes of the weights; None where it cannot read them."""
     known = inspect.signature(function).parameters
     arguments = (dict(weights), model)[: min(2, len(known))]
@@ -193,9 +184,7 @@ def read_weights(path: Path, model_bytes: int) -> dict[str, Tensor]:
     try:
         size = _unfolded_bytes(path)
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ZooError(
-            f"weights {name!r} cannot be read: {one_line(error, 160)}; fetch the file again"
-        ) from error
+        raise ZooError(f"weights {name!r} cannot be read: {one_line(error, 160)}; fetch the file again") from error
     if size > limit:
         raise ZooError(
             f"weights {name!r} unfold to {size / 2**20:.0f} MiB where at most {limit / 2**20:.0f} MiB fit "
@@ -246,9 +235,7 @@ def _read_pickled(path: Path) -> Any:
         reason = str(error).strip().partition("\n")[0]
         if "weights_only" in reason:
             reason = "its format is too old to be read without running code"
-        raise ZooError(
-            f"weights {name!r} cannot be read: {one_line(reason, 160)}; fetch the file again"
-        ) from error
+        raise ZooError(f"weights {name!r} cannot be read: {one_line(reason, 160)}; fetch the file again") from error
 
 
 def _state_dict(content: Any, name: str) -> dict[str, Tensor]:
@@ -260,14 +247,10 @@ def _state_dict(content: Any, name: str) -> dict[str, Tensor]:
             content = content[nest]
             break
     if not isinstance(content, dict) or not content:
-        raise ZooError(
-            f"weights {name!r} must hold tensors by name. Got a {type(content).__name__}; save a state_dict"
-        )
+        raise ZooError(f"weights {name!r} must hold tensors by name. Got a {type(content).__name__}; save a state_dict")
     odd = [key for key, value in content.items() if not (isinstance(key, str) and _is_plain(value))]
     if odd:
-        raise ZooError(
-            f"weights {name!r} hold more than plain tensors: {_list('odd', [str(key) for key in odd])}"
-        )
+        raise ZooError(f"weights {name!r} hold more than plain tensors: {_list('odd', [str(key) for key in odd])}")
     return clean_state_dict(content)  # type: ignore[no-any-return]
 
 

@@ -255,9 +255,7 @@ def _with_metadata(row: ModelSpec, path: Path) -> ModelSpec:
         with safe_open(path, framework="pt") as file:
             said: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ZooError(
-            f"{path.name!r} in ZOO_WEIGHTS is no whole safetensors file: {one_line(error, 120)}"
-        ) from error
+        raise ZooError(f"{path.name!r} in ZOO_WEIGHTS is no whole safetensors file: {one_line(error, 120)}") from error
     update: dict[str, Any] = {key: said[key] for key in _METADATA_KEYS if key in said}
     try:
         for key in {"mean", "std"} & set(update):
@@ -280,7 +278,7 @@ def _check_preprocessing(made: Preprocessing, where: str) -> None:
         raise ZooError(f"{where} must have crop_pct above 0, at most 1. Got {made.crop_pct:g}")
 
 
-def preprocessing_for(  # noqa: PLR0917 - a recipe's keys, in its order
+def preprocessing_for(
     spec: ModelSpec,
     image_size: int | None = None,
     mean: tuple[float, float, float] | None = None,
@@ -322,7 +320,7 @@ def _check_image_size(spec: ModelSpec, image_size: int) -> None:
         )
 
 
-def create_model(  # noqa: PLR0917 - a recipe's keys, in its order
+def create_model(
     spec: ModelSpec,
     num_classes: int,
     image_size: int | None = None,

@@ -128,9 +128,7 @@ def load_plugins() -> None:
             own_models.clear()
             own_models.update(before)
             kind = "" if isinstance(error, ZooError) else f"{type(error).__name__}: "
-            raise ZooError(
-                f"ZOO_PLUGINS: {one_line(named)!r} fails: {kind}{one_line(error)}; mend the file"
-            ) from error
+            raise ZooError(f"ZOO_PLUGINS: {one_line(named)!r} fails: {kind}{one_line(error)}; mend the file") from error
         _loaded_plugins.add(path)
 
 

@@ -119,9 +119,7 @@ def _folder_files() -> list[Path]:
         return []
     folder = Path(named).expanduser()
     if not folder.is_dir():
-        raise ZooError(
-            f"ZOO_WEIGHTS must name a folder of weight files. Got {one_line(named)!r}; fix or unset it"
-        )
+        raise ZooError(f"ZOO_WEIGHTS must name a folder of weight files. Got {one_line(named)!r}; fix or unset it")
     return sorted(path for path in folder.iterdir() if path.suffix in FOLDER_SUFFIXES and path.is_file())
 
 
@@ -169,9 +167,7 @@ def _from_path(spec: ModelSpec, source: str, root: Home) -> WeightsFile:
             f"Got {one_line(source)!r}, and there is no such file{hint}"
         )
     if path.suffix not in SUFFIXES:
-        raise ZooError(
-            f"a weights file must end in {', '.join(SUFFIXES)}. Got {one_line(path.name)!r}; convert it"
-        )
+        raise ZooError(f"a weights file must end in {', '.join(SUFFIXES)}. Got {one_line(path.name)!r}; convert it")
     return WeightsFile(path, hub.checked_sha256(path, _known_digest(spec, path)), "recipe path", path.name)
 
 
@@ -244,11 +240,7 @@ def _from_hub(spec: ModelSpec, offline: bool) -> WeightsFile:
 def _no_weights(spec: ModelSpec, reason: str) -> ZooError:
     """Return the one error that says why there are no weights, and all that can be done about it."""
     folder = os.environ.get("ZOO_WEIGHTS")
-    here = (
-        f"the folder ZOO_WEIGHTS (now {one_line(folder, 80)!r}"
-        if folder
-        else "the folder ZOO_WEIGHTS (now unset"
-    )
+    here = f"the folder ZOO_WEIGHTS (now {one_line(folder, 80)!r}" if folder else "the folder ZOO_WEIGHTS (now unset"
     others = sorted(path.name for _, path in scan_weights().files.get(spec.arch, ()))
     here += f", which holds other weights of {spec.arch}: {', '.join(others[:5])})" if others else ")"
     file = f"{spec.name}.safetensors" if spec.tag else f"{spec.arch}.TAG.safetensors"

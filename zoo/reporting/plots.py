@@ -1,7 +1,7 @@
 """Figures of a benchmark: learning curves, test scores, confusion matrices, sample predictions.
 
 Every function returns a `matplotlib.figure.Figure` that no global state knows of; `save_figure` writes it. Names are
-shown as they are, never read as mathematics. Colours are those of Okabe and Ito (2008), told apart by colour-blind eyes.
+shown as they are, never read as mathematics. Colours: Okabe and Ito (2008), told apart by colour-blind eyes.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
 
 
-def plot_learning_curves(
-    histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], title: str = ""
-) -> Figure:
+def plot_learning_curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], title: str = "") -> Figure:
     """Return loss and top1 of training and validation over the epochs, two panels for each recipe.
 
     histories: recipe to one history for each seed; a history is a list of epochs with `epoch`, `phase`,
@@ -256,9 +254,7 @@ def _metric_label(metric: str, sign: int) -> str:
     return words if sign > 0 else f"{words} (less is better)"
 
 
-def plot_confusion_matrices(
-    matrices: Mapping[str, Sequence[Any]], classes: Sequence[str], title: str = ""
-) -> Figure:
+def plot_confusion_matrices(matrices: Mapping[str, Sequence[Any]], classes: Sequence[str], title: str = "") -> Figure:
     """Return a confusion matrix for each recipe: counts summed over seeds, colour by share of the true class.
 
     matrices: recipe to one (C, C) matrix of counts for each seed, rows true, columns predicted.
@@ -395,7 +391,8 @@ def _caption(axes: Axes, right: bool, lines: tuple[str, str, str]) -> None:
 
 def _figure(width: float, height: float, layout: str = "constrained") -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.06, wspace=0.02, hspace=0.02)
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.04, h_pad=0.06, wspace=0.02, hspace=0.02)
     return figure
 
 

@@ -240,7 +240,10 @@ def _environment(records: list[RunRecord]) -> dict[str, Any]:
         found = list(dict.fromkeys(values))
         return found[0] if len(found) == 1 else found
 
-    versions = {name: distinct(r.versions.get(name, "") for r in finished) for name in (finished[0].versions if finished else {})}
+    versions = {
+        name: distinct(r.versions.get(name, "") for r in finished)
+        for name in (finished[0].versions if finished else {})
+    }
     return {
         "device": distinct(record.device for record in finished),
         "precision": distinct(str(record.precision.get("dtype", "")) for record in finished),

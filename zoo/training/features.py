@@ -112,6 +112,9 @@ class StandardisedHead(nn.Module):
     `fold` gives the same function as plain weights for the network's own classifier.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, classifier: nn.Module, values: torch.Tensor) -> None:
         super().__init__()
         self.classifier = classifier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 import time
@@ -62,6 +63,7 @@ class Tick:
 
 
 OnTick = Callable[[Tick], None]
+_FINITE_FIX = "lower optimizer.lr, or set finetune.clip_grad = 1.0"
 
 
 def train(
@@ -148,7 +150,7 @@ class _Trainer:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = False
             torch.backends.cudnn.deterministic = True
-        model = self.plan.model().to(self.device, memory_format=self.precision.memory_format)
+        model = self.plan.model().to(self.device).to(memory_format=self.precision.memory_format)
         self.plan.run.path.mkdir(parents=True, exist_ok=True)
         self.recipe.write(self.plan.run.path / "recipe.toml")
         checkpoint = load_checkpoint(self.plan.run.path / "checkpoint", self.plan.digest)
@@ -246,7 +248,7 @@ class _Trainer:
             with torch.inference_mode():
                 logits = head(val.values)
             state = {f"{name}.{key}": value for key, value in head.fold().items()}
-            self._after_epoch(row, logits, lambda state=state: {**backbone, **state})
+            self._after_epoch(row, logits, functools.partial(_join, backbone, state))
             self.on_tick(self._tick("head", 1, 1, row))
             if self._stopped_early:
                 break
@@ -320,7 +322,7 @@ class _Trainer:
             _, logits = feature_cache.forward_pixels(
                 scored, self.val_pixels, self.plan.preprocessing, self.precision, self.device
             )
-            self._after_epoch(row, logits, lambda scored=scored: _copy(scored))
+            self._after_epoch(row, logits, functools.partial(_copy, scored))
             self.progress.train_s += time.perf_counter() - started
             self._save(model, ema, optimizer)
             self.on_tick(self._tick("network", len(batches), len(batches), row))
@@ -345,9 +347,7 @@ class _Trainer:
         loss = float(self.criterion.cpu()(logits, labels))
         self.criterion.to(self.device)
         if not math.isfinite(loss) or not bool(torch.isfinite(logits).all()):
-            raise NonFiniteLossError(
-                f"the val loss was not finite after epoch {row['epoch']}; lower optimizer.lr, or set finetune.clip_grad = 1.0"
-            )
+            raise NonFiniteLossError(f"the val loss was not finite after epoch {row['epoch']}; {_FINITE_FIX}")
         metric = self.recipe.finetune.metric
         value = selection_score(metric, logits.numpy(), labels.numpy())
         row |= {
@@ -393,7 +393,13 @@ class _Step:
     """Forward, backward and update over the batches of an epoch."""
 
     def __init__(
-        self, trainer: _Trainer, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, ema: Any, mixup: Any
+        self,
+        trainer: _Trainer,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        ema: Any,
+        mixup: Any,
     ) -> None:
         self.trainer, self.model, self.optimizer = trainer, model, optimizer
         self.scheduler, self.ema, self.mixup = scheduler, ema, mixup
@@ -461,9 +467,7 @@ class _Step:
     @staticmethod
     def _refuse_non_finite(loss: float, epoch: int, step: int) -> None:
         if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss was not finite in epoch {epoch}, step {step}; lower optimizer.lr, or set finetune.clip_grad = 1.0"
-            )
+            raise NonFiniteLossError(f"the loss was not finite in epoch {epoch}, step {step}; {_FINITE_FIX}")
 
 
 def _step_seed(seed: int, epoch: int, step: int) -> int:
@@ -472,6 +476,10 @@ def _step_seed(seed: int, epoch: int, step: int) -> int:
 
 def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+
+
+def _join(backbone: dict[str, torch.Tensor], head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**backbone, **head}
 
 
 def _plain_head(classifier: nn.Module) -> nn.Module:

@@ -144,7 +144,11 @@ def make_plan(
     make_augment(recipe.policy, recipe.augment.transforms, preprocessing.image_size, seed)
     _check_model(recipe, spec, preprocessing, len(dataset.classes))
     check_writable(root.runs)
-    resolved = {"recipe": recipe.digest, "model": spec.name, "preprocessing": preprocessing.model_dump()}
+    resolved: dict[str, Any] = {
+        "recipe": recipe.digest,
+        "model": spec.name,
+        "preprocessing": preprocessing.model_dump(),
+    }
     resolved["weights"] = weights.sha256 if weights else None
     resolved["augment"] = recipe.policy
     if bad_images:
@@ -244,8 +248,4 @@ def runs_of(dataset: Dataset, root: Home) -> list[Run]:
     """Return the recorded runs on a dataset's present split, failed ones only where none finished since."""
     runs = [run for run in list_runs(root, dataset.name) if run.record.split_digest == dataset.split_digest]
     done = {(run.record.recipe, run.record.seed) for run in runs if run.record.status == "finished"}
-    return [
-        run
-        for run in runs
-        if run.record.status == "finished" or (run.record.recipe, run.record.seed) not in done
-    ]
+    return [run for run in runs if run.record.status == "finished" or (run.record.recipe, run.record.seed) not in done]

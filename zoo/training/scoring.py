@@ -47,7 +47,7 @@ def load_model(run: Run | str, root: Home | None = None, device: str = "cpu") ->
         raise ZooError(
             f"the weights of run {run.name!r} do not fit {record.model!r}: {one_line(error, 200)}; train it again"
         ) from error
-    return model.eval().to(choose_device(device), memory_format=torch.channels_last)
+    return model.eval().to(choose_device(device)).to(memory_format=torch.channels_last)
 
 
 def _grow_bias(model: nn.Module, state: dict[str, torch.Tensor]) -> None:

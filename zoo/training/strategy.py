@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -82,7 +82,7 @@ def layer_groups(model: nn.Module) -> list[list[str]]:
     """Return the model's parameter names by coarse stage, from the head down to the stem."""
     from timm.models import group_parameters
 
-    grouped: dict[Any, list[str]] = group_parameters(model, model.group_matcher(coarse=True))
+    grouped: dict[Any, list[str]] = group_parameters(model, cast("Any", model).group_matcher(coarse=True))
     stages = [grouped[key] for key in sorted(grouped, reverse=True)]
     head_name, _ = classifier_of(model)
     head = [name for names in stages for name in names if name.startswith(f"{head_name}.")]
