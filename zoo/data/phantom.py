@@ -75,9 +75,9 @@ class _Patient:
         self.aorta = np.array([rng.uniform(0.05, 0.10), rng.uniform(0.30, 0.36), rng.uniform(0.06, 0.08)])
         self.ribs = rng.uniform(0, 2 * np.pi)
         self.gain, self.offset = rng.uniform(0.92, 1.08), rng.uniform(-0.04, 0.04)
-        self.noise = rng.uniform(0.025, 0.045)
+        self.noise = rng.uniform(0.020, 0.035)
         self.vessels = [self._tree(rng, side) for side in (0, 1)]
-        self.dots = [self._dot(rng) for _ in range(int(rng.integers(8, 16)))]
+        self.dots = [self._dot(rng) for _ in range(int(rng.integers(4, 9)))]
         self.airways = [(self._inside(rng, 0.35), rng.uniform(0.025, 0.045)) for _ in range(int(rng.integers(2, 5)))]
         self.nodule = self._nodule(rng)
 
@@ -107,11 +107,11 @@ class _Patient:
 
     def _dot(self, rng: np.random.Generator) -> tuple[Field, float, float, Field]:
         """Return a vessel that crosses the slice: place, radius, elongation, and its drift through the scan."""
-        return self._inside(rng, 0.92), rng.uniform(0.010, 0.034), rng.uniform(1.0, 1.5), rng.normal(0, 0.05, 2)
+        return self._inside(rng, 0.92), rng.uniform(0.010, 0.036), rng.uniform(1.0, 1.5), rng.normal(0, 0.05, 2)
 
     def _nodule(self, rng: np.random.Generator) -> dict[str, Any] | None:
         place, waves = self._inside(rng, 0.72), rng.uniform(0, 2 * np.pi, 4)
-        benign, malignant = rng.uniform(0.075, 0.115), rng.uniform(0.100, 0.165)
+        benign, malignant = rng.uniform(0.085, 0.125), rng.uniform(0.110, 0.180)
         angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(7, 13))))
         lengths, drift = rng.uniform(0.5, 1.1, len(angles)), rng.normal(0, 0.02, 2)
         level = rng.uniform(-0.06, 0.04)
