@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zoo.data.cache import open_pixels
+from zoo.data.manifest import load_dataset
+from zoo.data.sources import import_dataset, resplit_dataset
+from zoo.errors import Interrupted, ZooError
+from zoo.evaluation.metrics import compute_metrics
+from zoo.evaluation.predictions import Predictions, read_predictions
+from zoo.files import read_toml, sha256_file
+from zoo.recipe import Recipe, get_args, Strategy, load_recipe
+from zoo.runs import Run, find_run, list_runs, run_lock
+from zoo.training.checkpoint import load_checkpoint
+from zoo.training.features import forward_pixels
+from zoo.training.loop import train
+from zoo.training.plan import make_plan
+from zoo.training.precision import PrecisionPlan
+from zoo.training.scoring import evaluate, load_model
+
+LEFT = {
+    "history.jsonl",
+    "metrics-val.json",
+    "predictions-val.npz",
+    "recipe.toml",
+    "run.json",
+    "weights.safetensors",
+}
+CPU = torch.device("cpu")
+
+
+def bits(run: Run) -> str:
+    return sha256_file(run.weights_file)
+
+
+def interrupt_at(epoch: int, phase: str = "network"):
+    def stop(tick):
+        if tick.epoch == epoch and tick.phase == phase:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+def test_every_strategy_trains_and_leaves_a_whole_run_without_the_test_images(tiny, make_recipe, strategy):
+    dataset = load_dataset("tiny", tiny)
+    for path in dataset.of_split("test")["path"]:
+        dataset.image_path(path).unlink()
+    head = {"augment.policy": "none"} if strategy == "linear-probe" else {}
+    recipe = make_recipe(strategy=strategy, epochs=3, **head)
+    run = train(recipe, "tiny", 0, tiny)
+    assert {each.name for each in run.path.iterdir()} == LEFT
+    record = run.record
+    assert (record.status, record.strategy, record.images) == ("finished", strategy, {"train": 18, "val": 9})
+    assert record.split_digest == dataset.split_digest
+    assert record.train_s > 0 and record.images_per_s > 0 and record.params > 0
+    assert (record.params_trained < record.params) == (strategy == "linear-probe")
+    assert Recipe.model_validate(read_toml(run.path / "recipe.toml")).digest == recipe.digest
+    history = run.history()
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    heads = {"linear-probe": 3, "full": 0}.get(strategy, 1)
+    assert [row["phase"] for row in history] == ["head"] * heads + ["network"] * (3 - heads)
+    best = max(history, key=lambda row: row["val_balanced_accuracy"])
+    assert record.best_epoch == best["epoch"]
+    # What is kept is what was scored.
+    pixels = open_pixels(dataset, "val", record.preprocessing)
+    _, logits = forward_pixels(load_model(run), pixels, record.preprocessing, PrecisionPlan("float32", True), CPU)
+    stored = read_predictions(run.predictions_file("val"))
+    np.testing.assert_allclose(logits.numpy(), stored.logits, rtol=1e-4, atol=1e-5)
+    found = compute_metrics(
+        Predictions(pixels.sample_ids, pixels.groups, pixels.y_true, logits.numpy()), record.classes
+    )
+    metrics = run.metrics("val")
+    assert {key: metrics[key] for key in ("top1", "confusion_matrix")} == {
+        key: found[key] for key in ("top1", "confusion_matrix")
+    }
+    assert metrics["balanced_accuracy"] == pytest.approx(best["val_balanced_accuracy"])
+    with pytest.raises(ZooError, match=r"split 'test': gone"):
+        evaluate(run, "test", tiny)
+    assert not run.metrics_file("test").exists()
+
+
+def test_more_epochs_learn_the_colours(tiny, make_recipe):
+    run = train(make_recipe(epochs=12, policy="none"), "tiny", 0, tiny)
+    losses = [row["train_loss"] for row in run.history()]
+    assert losses[-1] < 0.7 * losses[0]
+    assert evaluate(run, "test", tiny)["top1"] > 0.6
+
+
+def test_the_same_recipe_and_seed_give_the_same_bits_for_any_number_of_workers(tiny, make_recipe):
+    runs = {}
+    for name, workers, seed in (("a", 0, 0), ("b", 0, 0), ("c", 2, 0), ("d", 0, 1)):
+        runs[name] = train(make_recipe(name, workers=workers, drop_rate=0.2, mixup=0.2), "tiny", seed, tiny)
+    assert bits(runs["a"]) == bits(runs["b"]) == bits(runs["c"])
+    assert bits(runs["a"]) != bits(runs["d"])
+    files = [runs[name].predictions_file("val").read_bytes() for name in "abc"]
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb", "nadamw", "rmsprop", "adam"])
+def test_an_interrupted_run_ends_with_the_same_bits(tiny, make_recipe, optimizer):
+    more = {"ema_decay": 0.9, "mixup": 0.3, "cutmix": 0.3, "drop_rate": 0.2, "warmup_epochs": 1, "clip_grad": 1.0}
+    recipes = {
+        name: make_recipe(name, epochs=4, optimizer__name=optimizer, **more) for name in ("whole", "broken")
+    }
+    whole = train(recipes["whole"], "tiny", 0, tiny)
+    plan = make_plan(recipes["broken"], "tiny", 0, tiny)
+    for epoch in (2, 3):
+        with pytest.raises(Interrupted, match="goes on from its last finished epoch") as stop:
+            train(recipes["broken"], "tiny", 0, tiny, on_tick=interrupt_at(epoch))
+        assert stop.value.exit_code == 130
+        assert not (plan.run.path / "run.json").exists()
+        checkpoint = load_checkpoint(plan.run.path / "checkpoint", plan.digest)
+        assert checkpoint.progress.epoch == epoch - 1
+    epochs = []
+    broken = train(recipes["broken"], "tiny", 0, tiny, on_tick=lambda tick: epochs.append(tick.epoch))
+    assert min(each for each in epochs if each) == 3
+    assert bits(broken) == bits(whole)
+    assert broken.predictions_file("val").read_bytes() == whole.predictions_file("val").read_bytes()
+    assert {each.name for each in broken.path.iterdir()} == LEFT
+
+    def lasting(run):
+        timed = ("images_per_s",)
+        return [{key: value for key, value in row.items() if key not in timed} for row in run.history()]
+
+    assert lasting(broken) == lasting(whole)
+
+
+@pytest.mark.parametrize("strategy", ["lp-ft", "gradual"])
+@pytest.mark.parametrize("phase", ["head", "network"])
+def test_two_phases_go_on_with_the_same_bits(tiny, make_recipe, strategy, phase):
+    recipes = [make_recipe(name, strategy=strategy, epochs=4, head_epochs=2) for name in ("whole", "broken")]
+    whole = train(recipes[0], "tiny", 0, tiny)
+    with pytest.raises(Interrupted):
+        train(recipes[1], "tiny", 0, tiny, on_tick=interrupt_at(2 if phase == "head" else 4, phase))
+    assert bits(train(recipes[1], "tiny", 0, tiny)) == bits(whole)
+
+
+def test_a_head_without_bias_goes_on_too(tiny, make_recipe):
+    from torch import nn
+
+    from zoo.models.registry import register_model
+    from zoo.models.spec import own_models
+
+    @register_model("no_bias_net")
+    def no_bias_net(num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes, bias=False))
+
+    try:
+        recipes = [
+            make_recipe(name, model__name="no_bias_net", strategy="lp-ft", epochs=4) for name in ("whole", "broken")
+        ]
+        whole = train(recipes[0], "tiny", 0, tiny)
+        with pytest.raises(Interrupted):
+            train(recipes[1], "tiny", 0, tiny, on_tick=interrupt_at(3))
+        broken = train(recipes[1], "tiny", 0, tiny)
+        assert bits(broken) == bits(whole)
+        assert load_model(broken).get_submodule("3").bias is not None
+    finally:
+        del own_models["no_bias_net"]
+
+
+def test_a_finished_run_is_not_trained_again(tiny, make_recipe):
+    first = train(make_recipe(), "tiny", 0, tiny)
+    stat = first.weights_file.stat().st_mtime_ns
+    again = train(make_recipe(), "tiny", 0, tiny, on_tick=lambda _: pytest.fail("trained again"))
+    assert again == first
+    assert again.weights_file.stat().st_mtime_ns == stat
+    first.weights_file.unlink()
+    assert train(make_recipe(), "tiny", 0, tiny).weights_file.is_file()
+    assert train(make_recipe(lr=1e-3), "tiny", 0, tiny) != first
+
+
+def test_a_loss_that_is_no_number_is_a_failed_run_that_names_epoch_and_step(tiny, make_recipe):
+    recipe = load_recipe("wild", root=tiny)
+    for _ in range(2):  # a failed run starts anew
+        with pytest.raises(ZooError, match=r"not finite in epoch 1, step [23]; lower optimizer\.lr"):
+            train(recipe, "tiny", 0, tiny)
+    (run,) = list_runs(tiny)
+    assert run.record.status == "failed" and not run.finished
+    assert "epoch 1, step" in run.record.reason
+    assert not run.weights_file.exists()
+    with pytest.raises(ZooError, match=r"did not finish: .*epoch 1, step"):
+        evaluate(run, "test", tiny)
+
+
+def test_a_head_whose_loss_is_no_number_says_so(tiny, make_recipe):
+    recipe = make_recipe(strategy="linear-probe", policy="none", head_lr=1e38, optimizer__name="sgd")
+    with pytest.raises(ZooError, match=r"not finite.*epoch 1"):
+        train(recipe, "tiny", 0, tiny)
+
+
+def test_a_network_that_breaks_is_a_failed_run(tiny, make_recipe):
+    from torch import nn
+
+    from zoo.models.registry import register_model
+    from zoo.models.spec import own_models
+
+    class Breaks(nn.Module):
+        def __init__(self, num_classes: int) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, num_classes)
+
+        def forward(self, images):
+            return self.head(images)
+
+    register_model("breaking_net")(lambda num_classes: Breaks(num_classes))
+    try:
+        with pytest.raises(ZooError, match="failed: RuntimeError: mat1 and mat2"):
+            train(make_recipe(model__name="breaking_net"), "tiny", 0, tiny)
+    finally:
+        del own_models["breaking_net"]
+    assert "RuntimeError" in list_runs(tiny)[0].record.reason
+
+
+def test_patience_stops_a_run_early(tiny, make_recipe):
+    run = train(make_recipe(epochs=30, patience=2, lr=1e-12, policy="none"), "tiny", 0, tiny)
+    history = run.history()
+    assert len(history) < 30
+    assert run.record.epochs == len(history) == run.record.best_epoch + 2
+
+
+def test_a_probe_that_stops_early_says_how_many_epochs_it_had(tiny, make_recipe):
+    recipe = make_recipe(strategy="linear-probe", epochs=30, patience=2, head_lr=1e-12, policy="none")
+    run = train(recipe, "tiny", 0, tiny)
+    assert run.record.epochs == len(run.history()) == run.record.best_epoch + 2
+
+
+def test_the_weights_of_a_run_go_on(trained, make_recipe):
+    source = next(run for run in list_runs(trained) if "--tiny--s0" in run.name)
+    recipe = make_recipe("more", weights=source.name, image_size=32, lr=1e-12, epochs=1, policy="none")
+    run = train(recipe, "tiny", 3, trained)
+    assert run.record.weights["from"] == "run"
+    assert run.record.weights["sha256"] == bits(source)
+    assert run.record.weights["label"] == f"run {source.name}"
+    before, after = load_file(source.weights_file), load_file(run.weights_file)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        if not key.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            torch.testing.assert_close(after[key], value, rtol=0, atol=1e-6)
+
+
+def test_a_run_of_another_split_is_refused(trained, make_recipe):
+    source = list_runs(trained)[0]
+    resplit_dataset("tiny", trained, seed=5)
+    with pytest.raises(ZooError, match="was trained on another split of 'tiny'.*train it on this split first"):
+        train(make_recipe(weights=source.name), "tiny", 0, trained)
+    with pytest.raises(ZooError, match="was trained on another split of 'tiny'"):
+        source.metrics_file("test").unlink()
+        evaluate(source, "test", trained)
+
+
+def test_skipped_images_are_counted_and_fail_names_them(tiny, make_recipe):
+    dataset = load_dataset("tiny", tiny)
+    bad = dataset.of_split("train")["path"].iloc[3]
+    dataset.image_path(bad).write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(ZooError, match="changed since the import.*--bad-images skip") as refused:
+        train(make_recipe(), "tiny", 0, tiny)
+    assert os.path.basename(bad) in str(refused.value)
+    run = train(make_recipe(), "tiny", 0, tiny, bad_images="skip")
+    assert run.record.images == {"train": 17, "val": 9}
+    assert run.record.images_skipped == {"train": [f"{bad}: changed since the import"]}
+
+
+def test_a_class_without_readable_images_is_refused(tiny, make_recipe):
+    dataset = load_dataset("tiny", tiny)
+    rows = dataset.of_split("train")
+    for path in rows[rows["label"] == "normal"]["path"]:
+        dataset.image_path(path).unlink()
+    with pytest.raises(ZooError, match="'train' has no readable image of class normal"):
+        train(make_recipe(), "tiny", 0, tiny, bad_images="skip")
+
+
+def test_a_run_that_is_being_trained_is_refused(tiny, make_recipe):
+    plan = make_plan(make_recipe(), "tiny", 0, tiny)
+    with run_lock(tiny, plan.run.name):
+        with pytest.raises(ZooError, match=f"is being trained by process {os.getpid()} on "):
+            train(make_recipe(), "tiny", 0, tiny)
+    train(make_recipe(), "tiny", 0, tiny)
+
+
+def test_another_process_may_finish_first(tiny, make_recipe, monkeypatch):
+    from zoo.training import loop
+
+    plan = make_plan(make_recipe(), "tiny", 0, tiny)
+    really = loop.run_lock
+
+    def late(home, name):
+        monkeypatch.setattr(loop, "run_lock", really)
+        train(make_recipe(), "tiny", 0, tiny)  # what the other process does meanwhile
+        return really(home, name)
+
+    monkeypatch.setattr(loop, "run_lock", late)
+    run = loop.train_plan(plan, lambda _: None)
+    stat = run.weights_file.stat()
+    assert run.finished
+    assert loop.train_plan(plan).weights_file.stat().st_mtime_ns == stat.st_mtime_ns
+    assert json.loads((run.path / "run.json").read_text())["status"] == "finished"
+
+
+def test_two_classes_and_one_image_a_batch(root, make_recipe, image_folder):
+    import_dataset(image_folder, "one", root)
+    run = train(make_recipe(batch_size=1000, epochs=1), "one", 0, root)
+    assert run.record.epochs == 1
+    assert find_run(run.name, root) == run
