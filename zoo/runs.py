@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -215,9 +214,3 @@ def run_lock(root: Home, name: str) -> Iterator[None]:
     finally:
         (root.locks / f"{name}.json").unlink(missing_ok=True)
         lock.release()
-
-
-def clear_run(run: Run) -> None:
-    """Remove what an unfinished or failed run left, so that it starts anew."""
-    if run.path.is_dir():
-        shutil.rmtree(run.path)

@@ -112,7 +112,7 @@ def test_normalise_leaves_its_input() -> None:
 # Policies
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     st.sampled_from([*POLICIES, "own"]),
     st.integers(SIZE, 4 * SIZE),
@@ -148,7 +148,7 @@ def test_policies_change_the_image_but_not_beyond_recognition(policy: str) -> No
     seen = [augment(pixels, 1, sample).astype(float) for sample in range(60)]
     assert sum(np.array_equal(each, plain) for each in seen) < 6
     brightness = [abs(each.mean() - plain.mean()) for each in seen]
-    limit = {"light": 25, "strong": 70, "ct": 25}[policy]
+    limit = {"light": 45, "strong": 75, "ct": 30}[policy]
     assert max(brightness) < limit
     assert min(each.std() for each in seen) > 0.4 * plain.std()  # never washed out
 
@@ -276,13 +276,10 @@ def test_a_fresh_process_gives_the_same_bits() -> None:
         "    for sample in range(5): digest.update(augment(pixels, 3, sample).tobytes())\n"
         "print(digest.hexdigest())"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    ]
+    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     scope: dict[str, Any] = {"print": lambda text: scope.update(found=text)}
     exec(program, scope)
-    assert {each.strip() for each in runs} == {scope["found"]}
+    assert other.strip() == scope["found"]
 
 
 # Own transforms

@@ -15,7 +15,7 @@ from zoo.errors import Interrupted, ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions, read_predictions
 from zoo.files import read_toml, sha256_file
-from zoo.recipe import Recipe, get_args, Strategy, load_recipe
+from zoo.recipe import Recipe, Strategy, get_args, load_recipe
 from zoo.runs import Run, find_run, list_runs, run_lock
 from zoo.training.checkpoint import load_checkpoint
 from zoo.training.features import forward_pixels

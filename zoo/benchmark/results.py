@@ -54,8 +54,7 @@ def write_results(folder: Path, comparison: Comparison, dataset: Dataset, root: 
         histories = {recipe: [run.history() for run in each] for recipe, each in runs.items()}
         figures["learning-curves"] = plots.plot_learning_curves(histories, title=name)
         matrices = {
-            recipe: np.sum([run.metrics("test")["confusion_matrix"] for run in each], axis=0)
-            for recipe, each in runs.items()
+            recipe: [run.metrics("test")["confusion_matrix"] for run in each] for recipe, each in runs.items()
         }
         figures["confusion-matrices"] = plots.plot_confusion_matrices(matrices, comparison.classes, title=name)
         figures["samples"] = sample_page(runs[rows[0]["recipe"]][0], dataset, title=f"{rows[0]['recipe']}: {name}")

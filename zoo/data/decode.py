@@ -59,7 +59,7 @@ _TIFF_TILE = (322, 323, 278)  # TileWidth, TileLength, RowsPerStrip
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-class BadImage(ZooError):  # noqa: N818
+class BadImage(ZooError):
     """An image that cannot be used; the message is the reason in a few words, without the file's name."""
 
 

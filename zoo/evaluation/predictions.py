@@ -75,7 +75,7 @@ class Predictions:
     @cached_property
     def y_pred(self) -> np.ndarray:
         """Return the class of the highest logit, the first of equals: (N,) int64."""
-        return self.logits.argmax(axis=1)
+        return np.asarray(self.logits.argmax(axis=1))
 
     @cached_property
     def group_codes(self) -> np.ndarray:

@@ -234,7 +234,7 @@ def _correct(run: Predictions, first: Predictions, order: np.ndarray, name: str)
                 f"runs of different {what} cannot be compared: recipe {one_line(name)!r} was scored on other {what} "
                 "than the first; score every recipe on the same split"
             )
-    return (run.y_pred == run.y_true)[own].astype(np.float64)
+    return np.asarray((run.y_pred == run.y_true)[own], dtype=np.float64)
 
 
 def _draws(rng: np.random.Generator, count: int, units: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -271,7 +271,7 @@ def plot_confusion_matrices(matrices: Mapping[str, Sequence[Any]], classes: Sequ
     figure = _figure(max(3.6, margin + 0.8 + side * across), 0.55 + margin + (side + 0.3) * down, "compressed")
     grid = figure.subplots(down, across, squeeze=False)
     points = 72 * (side - 0.1) / c  # of one cell
-    image = None
+    image: Any = None
     for place, axes in enumerate(grid.flat):
         if place >= len(names):
             axes.set_axis_off()
@@ -389,7 +389,7 @@ def _caption(axes: Axes, right: bool, lines: tuple[str, str, str]) -> None:
 # What all figures share -----------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float, layout: str = "constrained") -> Figure:
+def _figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
     engine: Any = figure.get_layout_engine()
     engine.set(w_pad=0.04, h_pad=0.06, wspace=0.02, hspace=0.02)

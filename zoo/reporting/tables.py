@@ -187,8 +187,10 @@ def _row(
         "params_trained": shown.params_trained,
         "epochs": _mean([record.epochs for _, record in finished]),
     }
+    scored: list[dict[str, Any]] = []
     for split in ("val", "test"):
         metrics = [run.metrics(split) for run, _ in finished if run.metrics_file(split).is_file()]
+        scored += metrics if split == "test" else []
         for score in SCORES:
             values = [each[score] for each in metrics if each.get(score) is not None]
             row[f"{split}_{score}"] = _mean(values)
@@ -200,7 +202,9 @@ def _row(
     row["letters"] = letters
     row["train_s"] = _mean([record.train_s for _, record in finished])
     row["images_per_s"] = _mean([record.images_per_s for _, record in finished])
-    row["images_skipped"] = sum(len(paths) for paths in shown.images_skipped.values())
+    row["images_skipped"] = sum(len(paths) for paths in shown.images_skipped.values()) + max(
+        (len(each.get("images_skipped") or []) for each in scored), default=0
+    )
     row["runs"] = [record.run for _, record in group]
     return row
 

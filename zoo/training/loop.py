@@ -24,7 +24,7 @@ from zoo.evaluation.metrics import METRIC_SIGN, selection_score
 from zoo.files import Home, to_json, write_text
 from zoo.models.registry import classifier_of
 from zoo.recipe import Recipe
-from zoo.runs import Run, clear_run, run_lock
+from zoo.runs import Run, run_lock
 from zoo.training import features as feature_cache
 from zoo.training.checkpoint import Progress, load_checkpoint, remove_checkpoints, save_checkpoint, save_tensors
 from zoo.training.plan import Plan, finished_run, make_plan
@@ -92,8 +92,11 @@ def train_plan(plan: Plan, on_tick: OnTick | None = None) -> Run:
     if done is not None:
         return done
     with run_lock(plan.home, plan.run.name):
-        if (plan.run.path / "run.json").is_file():
-            clear_run(plan.run)  # a failed or damaged run starts anew
+        done = finished_run(plan)  # another process may have ended between the look and the lock
+        if done is not None:
+            return done
+        # What a failed run has saved is good: it goes on from there once the cause is mended.
+        (plan.run.path / "run.json").unlink(missing_ok=True)
         try:
             return _Trainer(plan, on_tick or (lambda _: None)).run()
         except KeyboardInterrupt as stop:

@@ -244,8 +244,15 @@ def finished_run(plan: Plan) -> Run | None:
     return plan.run if plan.run.finished and plan.run.weights_file.is_file() else None
 
 
+def _on_split(run: Run, dataset: Dataset) -> bool:
+    try:
+        return run.record.split_digest == dataset.split_digest
+    except ZooError:
+        return False  # a damaged record belongs to no split; `zoo list runs` names it
+
+
 def runs_of(dataset: Dataset, root: Home) -> list[Run]:
     """Return the recorded runs on a dataset's present split, failed ones only where none finished since."""
-    runs = [run for run in list_runs(root, dataset.name) if run.record.split_digest == dataset.split_digest]
+    runs = [run for run in list_runs(root, dataset.name) if _on_split(run, dataset)]
     done = {(run.record.recipe, run.record.seed) for run in runs if run.record.status == "finished"}
     return [run for run in runs if run.record.status == "finished" or (run.record.recipe, run.record.seed) not in done]

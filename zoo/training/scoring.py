@@ -111,11 +111,19 @@ def evaluate(
         )
     assert record.preprocessing is not None
     set_threads()
-    device = choose_device(record.device.split(":")[0] if torch.cuda.is_available() else "cpu")
+    device = _device_of(record)
     # The number format is the run's own, so that what is scored is what was selected.
     plan = PrecisionPlan(record.precision.get("dtype", "float32"), channels_last=True)
     pixels = open_pixels(dataset, split, record.preprocessing, bad_images, progress)
     return score_split(run, record, load_model(run, root, device.type), pixels, split, plan, device)
+
+
+def _device_of(record: RunRecord) -> torch.device:
+    """Return the kind of device that the run was trained on, or the CPU where it is not here."""
+    try:
+        return choose_device(record.device.split(":")[0] or "cpu")
+    except ZooError:
+        return choose_device("cpu")
 
 
 def predictions_of(run: Run, split: str) -> Predictions:
