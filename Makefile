@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := zoo tests
 
-.PHONY: demo install install-dev test test-fast check lint types contracts format notebook clean
+.PHONY: demo readme install install-dev test test-fast check lint types contracts format notebook clean
 
 # pip runs only where the pins or the project's own list have changed since the last time.
 .venv/.installed: pyproject.toml constraints.txt
@@ -45,7 +45,10 @@ format: install-dev
 	$(BIN)/ruff format $(SOURCES)
 
 notebook: install-dev    ## run the notebook top to bottom
-	$(BIN)/python -m nbclient.cli execute lung_cancer_image_classification.ipynb
+	$(BIN)/jupyter-execute lung_cancer_image_classification.ipynb
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+readme: install-dev      ## write the committed results into the README's tables
+	ZOO_UPDATE_README=1 $(BIN)/python -m pytest -q tests/test_readme.py

@@ -346,6 +346,22 @@ def to_markdown(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
+HEADLINE = ("recipe", "weights", "params", "val top1", "test top1", "95% CI", "ties", "train s")
+
+
+def headline_markdown(document: dict[str, Any]) -> str:
+    """Return the few columns that a README shows, out of a `table.json`."""
+    lines = ["| " + " | ".join(HEADLINE) + " |", "|" + "---|" * len(HEADLINE)]
+    for floor in document["floors"]:
+        low, high = floor["test_top1_ci"]
+        shown = {"recipe": f"*floor: {floor['name']}*", "test top1": f"{floor['test_top1']:.3f}"}
+        shown["95% CI"] = f"{low:.3f}–{high:.3f}"
+        lines.append("| " + " | ".join(shown.get(head, "") for head in HEADLINE) + " |")
+    for row in map(cells, document["rows"]):
+        lines.append("| " + " | ".join(_plain(row[head]) for head in HEADLINE) + " |")
+    return "\n".join(lines)
+
+
 def _plain(text: object) -> str:
     r"""Return text that stays within one Markdown table cell and means nothing to HTML.
 
