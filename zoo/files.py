@@ -86,7 +86,7 @@ def find_toml(name: str, kind: str, own: Path) -> Path:
         raise ZooError(f"there is no file {name!r}; give the path of a .toml file or a name of `zoo list {kind}`")
     known = list_toml(kind, own)
     if name not in known:
-        raise ZooError(f"unknown {kind[:-1]} {name!r}{nearest(name, known)} `zoo list {kind}` shows all {len(known)}")
+        raise ZooError(f"unknown {kind[:-1]} {one_line(name)!r}{nearest(name, known)}; `zoo list {kind}` shows all {len(known)}")
     return known[name]
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 
 import numpy as np
@@ -15,7 +14,7 @@ from zoo.errors import Interrupted, ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions, read_predictions
 from zoo.files import read_toml, sha256_file
-from zoo.recipe import Recipe, Strategy, get_args, load_recipe
+from zoo.recipe import Recipe, load_recipe
 from zoo.runs import Run, find_run, list_runs, run_lock
 from zoo.training.checkpoint import load_checkpoint
 from zoo.training.features import forward_pixels
@@ -32,6 +31,7 @@ LEFT = {
     "run.json",
     "weights.safetensors",
 }
+STRATEGIES = ("linear-probe", "full", "lp-ft", "gradual")
 CPU = torch.device("cpu")
 
 
@@ -47,7 +47,7 @@ def interrupt_at(epoch: int, phase: str = "network"):
     return stop
 
 
-@pytest.mark.parametrize("strategy", get_args(Strategy))
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_trains_and_leaves_a_whole_run_without_the_test_images(tiny, make_recipe, strategy):
     dataset = load_dataset("tiny", tiny)
     for path in dataset.of_split("test")["path"]:
@@ -208,15 +208,17 @@ def test_a_network_that_breaks_is_a_failed_run(tiny, make_recipe):
             self.head = nn.Linear(3, num_classes)
 
         def forward(self, images):
-            return self.head(images)
+            if images.device.type != "meta" and self.training:
+                raise RuntimeError("out of\nluck")
+            return self.head(images.mean((2, 3)))
 
     register_model("breaking_net")(lambda num_classes: Breaks(num_classes))
     try:
-        with pytest.raises(ZooError, match="failed: RuntimeError: mat1 and mat2"):
+        with pytest.raises(ZooError, match="failed: RuntimeError: out of luck$"):
             train(make_recipe(model__name="breaking_net"), "tiny", 0, tiny)
     finally:
         del own_models["breaking_net"]
-    assert "RuntimeError" in list_runs(tiny)[0].record.reason
+    assert list_runs(tiny)[0].record.reason == "RuntimeError: out of luck"
 
 
 def test_patience_stops_a_run_early(tiny, make_recipe):
@@ -297,11 +299,8 @@ def test_another_process_may_finish_first(tiny, make_recipe, monkeypatch):
         return really(home, name)
 
     monkeypatch.setattr(loop, "run_lock", late)
-    run = loop.train_plan(plan, lambda _: None)
-    stat = run.weights_file.stat()
+    run = loop.train_plan(plan, lambda _: pytest.fail("trained again"))
     assert run.finished
-    assert loop.train_plan(plan).weights_file.stat().st_mtime_ns == stat.st_mtime_ns
-    assert json.loads((run.path / "run.json").read_text())["status"] == "finished"
 
 
 def test_two_classes_and_one_image_a_batch(root, make_recipe, image_folder):

@@ -113,7 +113,8 @@ def open_pixels(
 def _read_index(index_file: Path, pixel_file: Path) -> dict[str, np.ndarray[Any, Any]] | None:
     """Return a cache's index, or None where cache or index is missing, cut off or damaged."""
     try:
-        with np.load(index_file, allow_pickle=False) as stored:
+        # Opened here: np.load leaves a damaged archive's file open.
+        with index_file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             index = {key: stored[key] for key in stored.files}
         whole = pixel_file.stat().st_size == int(index["bytes"])
     except (OSError, ValueError, KeyError, EOFError):
@@ -139,7 +140,10 @@ def _changed(index: dict[str, np.ndarray[Any, Any]], paths: list[Path], digests:
         now = _stat(path)
         if list(now) == stat:
             continue
-        if now[0] < 0 or not good or sha256_file(path) != digest:
+        try:
+            if now[0] < 0 or not good or sha256_file(path) != digest:
+                return True
+        except OSError:  # say why when it is decoded
             return True
     return False
 

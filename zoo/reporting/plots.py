@@ -266,9 +266,11 @@ def plot_confusion_matrices(matrices: Mapping[str, Sequence[Any]], classes: Sequ
     across = min(len(names), 4 if c <= 4 else 3 if c <= 10 else 2 if c <= 20 else 1)
     down = math.ceil(len(names) / across)
     labels = [_text(one_line(name, 18)) for name in classes]
-    margin = 0.3 + 0.065 * min(18, max(len(one_line(name)) for name in classes))
-    side = min(4.8, (WIDTH - margin - 0.8) / across, max(1.7, 0.5 * c))
-    figure = _figure(max(3.6, margin + 0.8 + side * across), 0.55 + margin + (side + 0.3) * down, "compressed")
+    margin = 0.2 + 0.065 * min(18, max(len(one_line(name)) for name in classes))  # inches of the class names
+    side = min(4.8, (WIDTH - margin - 0.9) / across, max(1.7, 0.5 * c))
+    labelled = 1 if len(names) % across == 0 else min(down, 2)  # rows with class names below them
+    height = 0.5 + margin * labelled + (side + 0.3) * down
+    figure = _figure(max(3.6, margin + 0.9 + side * across), height, "compressed")
     grid = figure.subplots(down, across, squeeze=False)
     points = 72 * (side - 0.1) / c  # of one cell
     image: Any = None
@@ -298,15 +300,18 @@ def _draw_matrix(axes: Axes, counts: np.ndarray, points: float) -> Any:
         for row, column in np.ndindex(*counts.shape):
             colour = "white" if share[row, column] > 0.55 else "black"
             text = str(int(counts[row, column]))
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+            cell = axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+            cell.set_in_layout(False)  # hundreds of them, none of which moves anything
     return image
 
 
 def _label_classes(axes: Axes, labels: list[str], points: float, left: bool, bottom: bool) -> None:
     size = max(4.0, min(_SIZE, 0.9 * points))
-    ticks = range(len(labels))
-    axes.set_xticks(ticks, labels if bottom else [], fontsize=size, rotation=90)
-    axes.set_yticks(ticks, labels if left else [], fontsize=size)
+    ticks = range(0, len(labels), math.ceil(size / points))  # of many classes every second, third, ... is named
+    shown = [labels[tick] for tick in ticks]
+    turned = 90 if max(map(len, labels)) > 3 else 0
+    axes.set_xticks(ticks, shown if bottom else [], fontsize=size, rotation=turned)
+    axes.set_yticks(ticks, shown if left else [], fontsize=size)
     axes.tick_params(length=0, pad=2)
     for spine in axes.spines.values():
         spine.set_color(FAINT)

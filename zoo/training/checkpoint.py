@@ -60,7 +60,13 @@ def save_checkpoint(
                 scalars[f"{place}/{key}"] = value
     name = f"epoch-{progress.epoch:05d}"
     sha256 = save_tensors(folder / f"{name}.safetensors", flat)
-    facts = {"run_digest": digest, "sha256": sha256, "scalars": scalars, "progress": asdict(progress)}
+    # Some optimisers count their steps in the group (timm's LAMB).
+    groups = [
+        {key: value for key, value in group.items() if isinstance(value, (int, float))}
+        for group in optimizer.param_groups
+    ]
+    facts = {"run_digest": digest, "sha256": sha256, "progress": asdict(progress)}
+    facts |= {"scalars": scalars, "groups": groups}
     write_json(folder / f"{name}.json", facts)
     for old in folder.glob("epoch-*"):
         if old.stem != name:
@@ -74,6 +80,7 @@ class Checkpoint:
     progress: Progress
     tensors: dict[str, torch.Tensor]
     scalars: dict[str, Any]
+    groups: list[dict[str, float]]
 
     def part(self, name: str) -> dict[str, torch.Tensor]:
         """Return the state dict of one part; empty where the checkpoint has no such part."""
@@ -87,6 +94,8 @@ class Checkpoint:
             place, key = full.split("/", 1)
             state.setdefault(int(place), {})[key] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        for group, numbers in zip(optimizer.param_groups, self.groups, strict=True):
+            group.update(numbers)
 
 
 def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
@@ -108,7 +117,8 @@ def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
                     f"{str(folder)!r} holds the checkpoint of another run ({facts['run_digest'][:8]}, "
                     f"this is {digest[:8]}); remove the folder to start anew"
                 )
-            return Checkpoint(Progress(**facts["progress"]), load_file(tensors_file), facts["scalars"])
+            progress = Progress(**facts["progress"])
+            return Checkpoint(progress, load_file(tensors_file), facts["scalars"], facts["groups"])
         except (OSError, KeyError, TypeError, SafetensorError):
             continue
     return None

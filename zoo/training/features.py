@@ -99,7 +99,7 @@ def _read(file: Any, count: int) -> tuple[torch.Tensor, float] | None:
     import zipfile
 
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             values, seconds = stored["values"], float(stored["seconds"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -159,7 +159,7 @@ class _Trainer:
         checkpoint = load_checkpoint(self.plan.run.path / "checkpoint", self.plan.digest)
         if checkpoint is not None:
             self.progress = checkpoint.progress
-            model.load_state_dict(checkpoint.part("model"))
+            _load_grown(model, checkpoint.part("model"))
             self.best = checkpoint.part("best")
         for phase in phases(self.recipe):
             if phase.name == "head" and self.progress.epoch < phase.first_epoch + phase.epochs - 1:
@@ -178,7 +178,7 @@ class _Trainer:
             "finished",
             params=sum(parameter.numel() for parameter in model.parameters()),
             params_trained=trained,
-            epochs=progress.epoch,
+            epochs=progress.history[-1]["epoch"],  # fewer than planned where patience ended the head
             best_epoch=progress.best_epoch,
             train_s=round(progress.train_s, 3),
             images_per_s=round(progress.images_seen / progress.step_s, 2) if progress.step_s > 0 else None,
@@ -255,7 +255,7 @@ class _Trainer:
             self.on_tick(self._tick("head", 1, 1, row))
             if self._stopped_early:
                 break
-        _load_head(model, name, self.best)
+        _load_grown(model, self.best)
         self.progress.train_s += time.perf_counter() - started + charged
         self.progress.epoch = phase.first_epoch + phase.epochs - 1
         if self.recipe.finetune.strategy != "linear-probe":
@@ -312,9 +312,10 @@ class _Trainer:
         resumed = checkpoint is not None and self.progress.epoch >= phase.first_epoch
         if resumed:
             checkpoint.restore_optimizer(optimizer)
+            scheduler.step_update(self.progress.updates)
             if ema is not None:
                 ema.module.load_state_dict(checkpoint.part("ema"))
-        elif not resumed:
+        else:
             self.progress.updates = 0
         step = _Step(self, model, optimizer, scheduler, ema, _make_mixup(recipe, len(self.plan.dataset.classes)))
         for epoch in range(max(phase.first_epoch, self.progress.epoch + 1), phase.first_epoch + phase.epochs):
@@ -491,11 +492,11 @@ def _plain_head(classifier: nn.Module) -> nn.Module:
     return copy.deepcopy(classifier).cpu().float()
 
 
-def _load_head(model: nn.Module, name: str, state: dict[str, torch.Tensor]) -> None:
-    """Give the network the classifier of a state dict, adding the bias that scaling brings where it had none."""
-    classifier = model.get_submodule(name)
-    if isinstance(classifier, nn.Linear) and classifier.bias is None and f"{name}.bias" in state:
-        classifier.bias = nn.Parameter(torch.zeros(classifier.out_features))
+def _load_grown(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load a state dict, adding the bias that scaling brings to a classifier that had none."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.bias is None and f"{name}.bias" in state:
+            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
     model.load_state_dict(state)
 
 

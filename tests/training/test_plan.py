@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+
+from zoo.data.manifest import load_dataset
+from zoo.errors import ZooError
+from zoo.files import Home, write_json
+from zoo.runs import Run, list_runs
+from zoo.training.plan import failed_record, finished_run, make_plan, runs_of
+
+
+def test_a_plan_decides_all_and_writes_nothing(tiny, make_recipe):
+    plan = make_plan(make_recipe(), "tiny", 3, tiny)
+    assert plan.run.name == f"tiny--tiny--s3--{plan.digest[:8]}"
+    assert plan.run.path.parent == tiny.runs
+    assert (plan.weights, plan.weights_label, plan.spec.name) == (None, "scratch", "simple_cnn")
+    assert plan.preprocessing.image_size == 32
+    assert list(tiny.runs.iterdir()) == [] and finished_run(plan) is None
+
+
+def test_the_identity_is_what_changes_the_numbers(tiny, make_recipe):
+    def digest(seed=0, bad_images=None, **overrides):
+        return make_plan(make_recipe(**overrides), "tiny", seed, tiny, bad_images=bad_images).digest
+
+    plain = digest()
+    assert plain == digest() == digest(workers=2) == digest(summary="other words")
+    others = {
+        digest(seed=1),
+        digest(lr=1e-4),
+        digest(image_size=40),
+        digest(policy="none"),
+        digest(bad_images="skip"),
+        digest(mean=[0.1, 0.2, 0.3]),
+        plain,
+    }
+    assert len(others) == 7
+    plan = make_plan(make_recipe(), "tiny", 0, tiny)
+    assert plan.with_seed(1) == make_plan(make_recipe(), "tiny", 1, tiny)
+
+
+def test_the_same_seed_starts_from_the_same_weights(tiny, make_recipe):
+    plan = make_plan(make_recipe(), "tiny", 0, tiny)
+    one, two, other = (each.model().state_dict() for each in (plan, plan, plan.with_seed(1)))
+    assert all(one[key].equal(two[key]) for key in one)
+    assert not all(one[key].equal(other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"model.name": "resnet81"}, "resnet81.*did you mean"),
+        ({"model.weights": "nothing"}, "model.weights must be 'pretrained', 'scratch', .* Got 'nothing'; there is no run"),
+        ({"model.weights": "gone.safetensors"}, "gone.safetensors"),
+        ({"precision": "fp16"}, "'fp16' is not offered"),
+        ({"device": "mps"}, "device 'mps' is not on this machine"),
+        ({"augment.transforms": [{"name": "HorizontalFlop"}], "augment.policy": None}, "did you mean 'HorizontalFlip'"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_work(tiny, make_recipe, overrides, said):
+    import torch
+
+    if torch.backends.mps.is_available() and overrides.get("device") == "mps":
+        pytest.skip("this machine has it")
+    with pytest.raises(ZooError, match=said) as refused:
+        make_plan(make_recipe(**overrides), "tiny", 0, tiny)
+    assert "\n" not in str(refused.value)
+    assert not (tiny.runs).is_dir() or list(tiny.runs.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_out_of_range_is_refused(tiny, make_recipe, seed):
+    with pytest.raises(ZooError, match=f"seed must be from 0 to 2147483647. Got {seed}"):
+        make_plan(make_recipe(), "tiny", seed, tiny)
+
+
+@pytest.mark.parametrize("overrides", [{"strategy": "gradual", "epochs": 4}, {"layer_decay": 0.5}])
+def test_a_network_that_does_not_name_its_stages_cannot_be_opened_by_them(tiny, make_recipe, overrides):
+    from torch import nn
+
+    from zoo.models.registry import register_model
+    from zoo.models.spec import own_models
+
+    register_model("plain_net")(
+        lambda num_classes: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
+    )
+    try:
+        with pytest.raises(ZooError, match="'plain_net' does not say which layer comes first"):
+            make_plan(make_recipe(model__name="plain_net", **overrides), "tiny", 0, tiny)
+    finally:
+        del own_models["plain_net"]
+
+
+def test_a_home_that_cannot_be_written_is_found_before_work(tiny, make_recipe):
+    dataset = load_dataset("tiny", tiny)
+    (tiny.root / "models").write_text("in the way")
+    with pytest.raises(ZooError, match="cannot write .*check the path"):
+        make_plan(make_recipe(), dataset, 0, Home(tiny.root))
+
+
+def test_failed_runs_are_listed_until_one_is_finished(trained):
+    dataset = load_dataset("tiny", trained)
+    record = failed_record("tiny", dataset, 0, "no weights")
+    assert (record.status, record.reason, record.recipe) == ("failed", "no weights", "tiny")
+    for seed, recipe in ((0, "tiny"), (7, "tiny")):
+        failed = failed_record(recipe, dataset, seed, "no weights")
+        run = Run(trained.runs / failed.run)
+        run.path.mkdir()
+        run.write_record(failed)
+    assert len(list_runs(trained)) == 5
+    found = runs_of(dataset, trained)
+    assert sorted((run.record.recipe, run.record.seed) for run in found) == [
+        ("tiny", 0),
+        ("tiny", 1),
+        ("tiny", 7),
+        ("tiny-lp", 0),
+    ]
+    write_json(found[0].path / "run.json", {"status": "finished"})
+    with pytest.raises(ZooError, match="is damaged at"):
+        runs_of(dataset, trained)
