@@ -207,7 +207,7 @@ def test_recipes_are_found_by_name_and_own_ones_come_first(root: Home) -> None:
 
 
 def test_an_unknown_recipe_has_the_nearest_name(root: Home) -> None:
-    with pytest.raises(ZooError, match=r"unknown recipe 'resnet81'; did you mean 'resnet18'\? `zoo list recipes`"):
+    with pytest.raises(ZooError, match=r"unknown recipe 'resnet81'; did you mean 'resnet18'"):
         load_recipe("resnet81")
     with pytest.raises(ZooError, match=r"there is no file '.*gone\.toml'"):
         load_recipe("gone.toml")

@@ -116,22 +116,27 @@ def test_a_recipes_augmentation_can_be_made(name: str) -> None:
     assert callable(make_augment(recipe.policy, recipe.augment.transforms, size, seed=0))
 
 
-def test_a_recipes_network_can_be_built_and_its_strategy_followed() -> None:
+@cache
+def network_of(name: str, size: int | None, drop_path_rate: float, options: tuple[tuple[str, object], ...]) -> object:
     import torch
 
-    built = 0
-    for name in NAMES:
-        wanted, tune = recipe_of(name).model, recipe_of(name).finetune
-        spec = spec_of(wanted.name)
-        size = preprocessing_for(spec, image_size=wanted.image_size).image_size
-        with torch.device("meta"):
-            network = create_model(spec, 3, size, wanted.drop_rate, wanted.drop_path_rate, dict(wanted.options))
-        if tune.strategy != "full":
-            classifier_of(network)
-        if tune.layer_decay < 1 or tune.strategy == "gradual":
-            assert hasattr(network, "group_matcher"), name
-        built += 1
-    assert built == len(NAMES) > 0
+    size = preprocessing_for(spec_of(name), image_size=size).image_size
+    with torch.device("meta"):
+        return create_model(spec_of(name), 3, size, 0.0, drop_path_rate, dict(options))
+
+
+@every_recipe
+def test_a_recipes_network_can_be_built_and_its_strategy_followed(name: str) -> None:
+    import torch
+
+    wanted, tune = recipe_of(name).model, recipe_of(name).finetune
+    options = tuple(wanted.options.items())
+    network = network_of(wanted.name, wanted.image_size, wanted.drop_path_rate, options)
+    assert isinstance(network, torch.nn.Module)
+    if tune.strategy != "full":
+        classifier_of(network)
+    if tune.layer_decay < 1 or tune.strategy == "gradual":
+        assert hasattr(network, "group_matcher")
 
 
 # README.md

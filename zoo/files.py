@@ -86,7 +86,9 @@ def find_toml(name: str, kind: str, own: Path) -> Path:
         raise ZooError(f"there is no file {name!r}; give the path of a .toml file or a name of `zoo list {kind}`")
     known = list_toml(kind, own)
     if name not in known:
-        raise ZooError(f"unknown {kind[:-1]} {one_line(name)!r}{nearest(name, known)}; `zoo list {kind}` shows all {len(known)}")
+        raise ZooError(
+            f"unknown {kind[:-1]} {one_line(name)!r}{nearest(name, known)}; `zoo list {kind}` shows all {len(known)}"
+        )
     return known[name]
 
 
@@ -108,7 +110,7 @@ def check_name(name: str, what: str) -> str:
     if not _NAME.fullmatch(name) or "--" in name:
         raise ZooError(
             f"{what} name must be 1 to 80 letters, digits, '.', '_', '+' or single '-', starting with a letter or "
-            f"digit. Got {one_line(name)!r}; choose another with --name"
+            f"digit. Got {one_line(name)!r}; choose another name"
         )
     return name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -162,8 +162,9 @@ def find_run(name: str, root: Home | None = None) -> Run:
     """
     root = root or home()
     for path in (root.runs / name, Path(name).expanduser()):
-        if (path / "run.json").is_file():
-            return Run(path)
+        with suppress(OSError):  # a name that is too long
+            if (path / "run.json").is_file():
+                return Run(path)
     known = [run.name for run in list_runs(root)]
     hint = nearest(name, known) or "; train one with `zoo train`"
     raise ZooError(f"there is no run {one_line(name)!r}{hint} `zoo list runs` shows all {len(known)}")

@@ -42,11 +42,11 @@ def test_the_device_is_one_that_is_there():
     assert choose_device("cpu") == CPU
     for wanted in ("cuda:99", "mps"):
         if wanted.split(":")[0] != best or wanted == "cuda:99":
-            with pytest.raises(ZooError, match=f"device '{wanted}' is not on this machine; it has .*cpu"):
+            with pytest.raises(ZooError, match=f"device '{wanted}' is not on this machine; take auto or one of .*cpu"):
                 choose_device(wanted)
 
 
-@pytest.mark.parametrize("wanted", ["gpu", "", "cpu:x", "cuda:-1", "meta"])
+@pytest.mark.parametrize("wanted", ["gpu", "", "cpu:x", "cuda:-1", "meta", "cpu:1", "cpu:²"])
 def test_a_device_that_does_not_exist_is_refused(wanted):
     with pytest.raises(ZooError, match="is not on this machine"):
         choose_device(wanted)

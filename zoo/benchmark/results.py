@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def dataset_floors(dataset: Dataset, bad_images: str | None = None) -> list[dict
     return stored
 
 
-def write_results(folder: Path, comparison: Comparison, dataset: Dataset, root: Home) -> list[Path]:
+def write_results(
+    folder: Path, comparison: Comparison, dataset: Dataset, root: Home, bad_images: str | None = None
+) -> list[Path]:
     """Write table.md, .csv and .json and the figures to a folder, and return the files."""
     name = title(comparison)
     write_text(folder / "table.md", to_markdown(comparison))
@@ -46,32 +49,41 @@ def write_results(folder: Path, comparison: Comparison, dataset: Dataset, root: 
     write_json(folder / "table.json", comparison.document())
     rows = [row for row in comparison.rows if row["seeds"]]
     runs = {row["recipe"]: [Run(root.runs / run) for run in row["runs"]] for row in rows}
-    runs = {recipe: [run for run in each if run.finished] for recipe, each in runs.items()}
+    # A seed that was trained but could not be scored on test is a failure.
+    runs = {
+        recipe: [run for run in each if run.finished and run.metrics_file("test").is_file()]
+        for recipe, each in runs.items()
+    }
     files = [folder / f"table.{ending}" for ending in ("md", "csv", "json")]
     scores = plots.plot_test_scores(comparison.rows, "test_top1", comparison.floors, title=name)
     figures = {"test-scores": scores}
     if rows:
         histories = {recipe: [run.history() for run in each] for recipe, each in runs.items()}
         figures["learning-curves"] = plots.plot_learning_curves(histories, title=name)
-        matrices = {
-            recipe: [run.metrics("test")["confusion_matrix"] for run in each] for recipe, each in runs.items()
-        }
+        matrices = {recipe: [run.metrics("test")["confusion_matrix"] for run in each] for recipe, each in runs.items()}
         figures["confusion-matrices"] = plots.plot_confusion_matrices(matrices, comparison.classes, title=name)
-        figures["samples"] = sample_page(runs[rows[0]["recipe"]][0], dataset, title=f"{rows[0]['recipe']}: {name}")
+        best = rows[0]["recipe"]
+        with suppress(ZooError):  # images that are gone since they were scored: the table stands without them
+            figures["samples"] = sample_page(runs[best][0], dataset, f"{best}: {name}", bad_images=bad_images)
     for key, figure in figures.items():
         files.append(folder / f"{key}.png")
         plots.save_figure(figure, files[-1])
     return files
 
 
-def sample_page(run: Run, dataset: Dataset, title: str = "", count: int = 16) -> Any:
-    """Return a figure of a run's test predictions, right and wrong, with their scores."""
+def sample_page(
+    run: Run, dataset: Dataset, title: str = "", count: int = 16, bad_images: str | None = None
+) -> Any:
+    """Return a figure of a run's test predictions, right and wrong, with their scores.
+
+    Raises ZooError where an image is gone or changed and the policy is `fail`.
+    """
     record = run.record
     assert record.preprocessing is not None
     predictions = read_predictions(run.predictions_file("test"))
-    chosen = plots.choose_samples(predictions, count)
-    pixels = open_pixels(dataset, "test", record.preprocessing)
+    pixels = open_pixels(dataset, "test", record.preprocessing, bad_images)
     place = {sample: number for number, sample in enumerate(pixels.sample_ids.tolist())}
+    chosen = [each for each in plots.choose_samples(predictions, count) if predictions.sample_ids[each] in place]
     images = [
         center_crop(pixels[place[predictions.sample_ids[each]]], record.preprocessing.image_size) for each in chosen
     ]

@@ -123,7 +123,7 @@ def bench(
         floors=dataset_floors(dataset, bad_images),
         images={split: facts["images"] for split, facts in summary.items()},
     )
-    write_results(folder, comparison, dataset, root)
+    write_results(folder, comparison, dataset, root, bad_images)
     failed = sum(1 for run in runs if isinstance(run, RunRecord) or not run.finished)
     return BenchResult(comparison, folder, failed)
 

@@ -78,8 +78,10 @@ def main() -> NoReturn:
     except typer.Abort:
         _say("interrupted")
         sys.exit(130)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as end:
         # The reader went away (`zoo list models | head`): nothing is wrong, and nothing more can be said.
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, BrokenPipeError):
+            raise  # click itself turns a broken pipe into exit code 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:

@@ -58,5 +58,7 @@ def train(
         markup=False,
         soft_wrap=True,
     )
+    for note in record.notes:
+        out.print(f"note: {note}", markup=False)
     for split, paths in record.images_skipped.items():
         out.print(f"left out of {split}: {len(paths)} unreadable images", markup=False)

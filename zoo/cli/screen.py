@@ -119,8 +119,21 @@ def _shortened(heads: list[str], rows: list[list[str]], cut: set[str], width: in
 
 # The comparison, in as many columns as the terminal has room for ----------------------------------------------------
 
-_NARROW = ("recipe", "val top1", "test top1", "95% CI", "ties", "train s")
-_WIDE = (
+# In the order in which they are given up where there is no room, the last first; and in that in which they stand.
+_WANTED = (
+    "recipe",
+    "test top1",
+    "95% CI",
+    "ties",
+    "val top1",
+    "train s",
+    "weights",
+    "macro F1",
+    "AUROC",
+    "params",
+    "seeds",
+)
+_STAND = (
     "recipe",
     "weights",
     "params",
@@ -137,26 +150,25 @@ _WIDE = (
 
 def print_comparison(comparison: Comparison) -> None:
     """Print a comparison: floors first, then recipes, failures and notes below."""
-    from zoo.reporting.tables import LEGEND, cells, title
+    from zoo.reporting.tables import LEGEND, cells, floor_cells, title
 
     out = console()
-    heads = _WIDE if out.width >= 110 else _NARROW
-    rows: list[list[str]] = []
-    for floor in comparison.floors:
-        low, high = floor["test_top1_ci"]
-        shown = {
-            "recipe": f"floor: {floor['name']}",
-            "test top1": f"{floor['test_top1']:.3f}",
-            "95% CI": f"{low:.3f}–{high:.3f}",
-            "macro F1": f"{floor['test_macro_f1']:.3f}",
-        }
-        rows.append([shown.get(head, "") for head in heads])
-    written = [cells(row) for row in comparison.rows]
-    rows += [[row[head] for head in heads] for row in written]
-    print_table(heads, rows, title(comparison), numbers=heads[2:], folded=("recipe", "weights"))
+    written = [floor_cells(floor) for floor in comparison.floors] + [cells(row) for row in comparison.rows]
+    kept: list[str] = []
+    room = out.width
+    for head in _WANTED:
+        room -= max(len(head), *(min(40, len(row.get(head, ""))) for row in written)) + 3
+        if room < 0 and len(kept) >= 3:
+            break
+        kept.append(head)
+    heads = [head for head in _STAND if head in kept]
+    rows = [[row.get(head, "") for head in heads] for row in written]
+    print_table(
+        heads, rows, title(comparison), numbers=set(heads) - {"recipe", "weights"}, folded=("recipe", "weights")
+    )
     for row in comparison.rows:
         if row["reason"]:
-            out.print(f"{row['status']}: {row['recipe']}: {row['reason']}", markup=False)
+            out.print(f"{row['status']}: {row['recipe']}: {row['reason']}", markup=False, soft_wrap=True)
     for note in comparison.notes:
         out.print(f"note: {note}", markup=False)
     out.print(LEGEND, markup=False, style="dim")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
 
+TRANSFORMS_VERSION = 1  # part of a run's identity: to be raised when a policy changes
 POLICIES = ("none", "light", "strong", "ct")
 OWN = "own"
 # Classes that others derive from, and one that takes functions. Whatever else returns no uint8 RGB image, or

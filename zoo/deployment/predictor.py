@@ -131,8 +131,9 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     Raises ZooError where a path is not there, a folder holds no image, or no path is given.
     """
     found: list[Path] = []
-    given = [Path(each).expanduser() for each in paths]
-    for path in given:
+    for path in (Path(each).expanduser() for each in paths):
+        if not os.path.lexists(path):  # unlike Path.exists it takes a name that is too long
+            raise ZooError(f"there is no file or folder {one_line(path)!r}; check the path")
         if path.is_dir():
             inside = sorted(
                 file
@@ -142,10 +143,8 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
             if not inside:
                 raise ZooError(f"folder {one_line(path)!r} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
             found += inside
-        elif path.exists():
-            found.append(path)
         else:
-            raise ZooError(f"there is no file or folder {one_line(path)!r}; check the path")
+            found.append(path)
     if not found:
         raise ZooError("no image was named; give files or folders")
     return found

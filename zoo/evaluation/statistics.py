@@ -77,6 +77,8 @@ def paired_letters(
 
     "a" goes with the best mean. Differences: `paired_p_values` below alpha. Raises ZooError as that does.
     """
+    if not runs_by_recipe:
+        return {}
     p_values = paired_p_values(runs_by_recipe, alpha=alpha, replicates=replicates, seed=seed)
     table = _Correct(runs_by_recipe)
     order = sorted(runs_by_recipe, key=lambda name: (-table.mean(name), name))

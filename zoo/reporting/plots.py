@@ -179,18 +179,23 @@ def plot_test_scores(
     _draw_floors(axes, floors, metric)
     axes.set_xlabel(_metric_label(metric, sign), fontsize=_SIZE)
     _plain_axes(axes)
-    handles = [_line(BLUE, "mean", "", "o")]
+    if scored:
+        _legend(figure, _score_handles(scored, metric))
+    return _titled(figure, title)
+
+
+def _score_handles(scored: Sequence[Mapping[str, Any]], metric: str) -> list[Line2D]:
+    mean = _line(BLUE, "mean", "", "o")
     if any(row.get(f"{metric}_ci") for row in scored):
-        handles[0] = _line(BLUE, "mean, 95% interval", "-", "o")
+        mean = _line(BLUE, "mean, 95% interval", "-", "o")
     elif any(_finite(row.get(f"{metric}_sd")) for row in scored):
-        handles[0] = _line(BLUE, "mean ± sd over seeds", "-", "o")
+        mean = _line(BLUE, "mean ± sd over seeds", "-", "o")
+    handles = [mean]
     if any(len(row.get(f"{metric}_seeds") or ()) > 1 for row in scored):
         handles.append(Line2D([], [], ls="", marker="o", ms=4, mfc="none", mec=SKY, label="one seed"))
     if any(row.get("letters") for row in scored):
         handles.append(Line2D([], [], ls="", label="same letter: no difference shown"))
-    if scored:
-        _legend(figure, handles)
-    return _titled(figure, title)
+    return handles
 
 
 def _draw_score(axes: Axes, place: int, row: Mapping[str, Any], metric: str) -> None:
@@ -229,22 +234,26 @@ def _score_limits(
 def _draw_floors(axes: Axes, floors: Sequence[Mapping[str, Any]], metric: str) -> None:
     """Draw each floor as a line that ends at its own height above the plot, so that no two names meet."""
     low, high = axes.get_xlim()
-    step = 0.17 / (0.25 * (axes.get_ylim()[0] - axes.get_ylim()[1]))  # inches, as a part of the plot's height
+    transform = axes.get_xaxis_transform()
     for place, floor in enumerate(floors):
-        value, top = floor[metric], 1 + step * (len(floors) - place - 0.5)
-        transform = axes.get_xaxis_transform()
-        axes.plot([value, value], [0, top], "--", color=GREY, lw=1, transform=transform, clip_on=False, zorder=1)
-        right = value - low < 0.6 * (high - low)
+        value, right = floor[metric], floor[metric] - low < 0.6 * (high - low)
+        line: dict[str, Any] = {"ls": "--", "color": GREY, "lw": 1, "zorder": 1}
+        axes.plot([value, value], [0, 1], transform=transform, clip_on=False, **line)
         text = f"{_text(one_line(floor['name'], 60))} {value:.3f}"
         axes.annotate(
             f" {text}" if right else f"{text} ",
-            (value, top),
+            (value, 1),
+            # In points, not parts of the height: the layout of a low plot would shrink it to nothing.
+            xytext=(0, 72 * 0.17 * (len(floors) - place - 0.5)),
+            textcoords="offset points",
             xycoords=transform,
             ha="left" if right else "right",
             va="center",
             fontsize=_SIZE,
             color=GREY,
             annotation_clip=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            arrowprops={"arrowstyle": "-", "relpos": (0 if right else 1, 0.5), "shrinkA": 0, "shrinkB": 0, **line},
         )
 
 
@@ -351,7 +360,7 @@ def plot_samples(
     count = len(images)
     if not count:
         return _empty("no sample predictions: no run is scored", title)
-    across = min(count, 5)
+    across = min(count, 4 if count % 5 and not count % 4 else 5)
     down = math.ceil(count / across)
     side = WIDTH / 5
     figure = _figure(max(3.2, side * across), 0.3 + (side + 0.48) * down, "compressed")

@@ -227,11 +227,11 @@ def _sorted(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
         raise ZooError(f"a table can be sorted by one of {', '.join(key for key in rows[0])}. Got {one_line(by)!r}")
     ascending = by.endswith(("log_loss", "brier", "ece", "train_s", "params", "recipe", "model"))
 
-    def order(row: dict[str, Any]) -> tuple[bool, Any, str]:
+    def order(row: dict[str, Any]) -> tuple[bool, bool, Any, str]:
         value = row[by]
         if not isinstance(value, (int, float)):
-            return (value is None, str(value), row["recipe"])
-        return (False, value if ascending else -value, row["recipe"])
+            return (not row["seeds"], value is None, str(value), row["recipe"])
+        return (not row["seeds"], False, value if ascending else -value, row["recipe"])
 
     return sorted(rows, key=order)
 
@@ -302,6 +302,18 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def floor_cells(floor: dict[str, Any]) -> dict[str, str]:
+    """Return a floor's cells as people read them, under the heads of `cells`."""
+    low, high = floor["test_top1_ci"]
+    return {
+        "recipe": f"floor: {floor['name']}",
+        "test top1": f"{floor['test_top1']:.3f}",
+        "95% CI": f"{low:.3f}–{high:.3f}",
+        "balanced acc.": f"{floor['test_balanced_accuracy']:.3f}",
+        "macro F1": f"{floor['test_macro_f1']:.3f}",
+    }
+
+
 def title(comparison: Comparison) -> str:
     """Return a table's title in one line."""
     scored = next((row for row in comparison.rows if row["test_images"]), None)
@@ -325,20 +337,9 @@ def to_markdown(comparison: Comparison) -> str:
     lines = [f"# {_plain(title(comparison))}", ""]
     rows = [cells(row) for row in comparison.rows]
     heads = list(rows[0])
-    for floor in comparison.floors:
-        low, high = floor["test_top1_ci"]
-        shown = dict.fromkeys(heads, "")
-        shown |= {
-            "recipe": f"*floor: {floor['name']}*",
-            "test top1": f"{floor['test_top1']:.3f}",
-            "95% CI": f"{low:.3f}–{high:.3f}",
-            "balanced acc.": f"{floor['test_balanced_accuracy']:.3f}",
-            "macro F1": f"{floor['test_macro_f1']:.3f}",
-        }
-        lines.append("| " + " | ".join(shown[head] for head in heads) + " |")
-    floors, lines = lines[2:], lines[:2]
+    floors = [_markdown_row(_emphasised(floor), heads) for floor in comparison.floors]
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *floors]
-    lines += ["| " + " | ".join(_plain(row[head]) for head in heads) + " |" for row in rows]
+    lines += [_markdown_row(row, heads) for row in rows]
     lines += ["", LEGEND, ""] + [f"- Note: {_plain(note)}" for note in comparison.notes]
     facts = comparison.environment
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
@@ -352,14 +353,18 @@ HEADLINE = ("recipe", "weights", "params", "val top1", "test top1", "95% CI", "t
 def headline_markdown(document: dict[str, Any]) -> str:
     """Return the few columns that a README shows, out of a `table.json`."""
     lines = ["| " + " | ".join(HEADLINE) + " |", "|" + "---|" * len(HEADLINE)]
-    for floor in document["floors"]:
-        low, high = floor["test_top1_ci"]
-        shown = {"recipe": f"*floor: {floor['name']}*", "test top1": f"{floor['test_top1']:.3f}"}
-        shown["95% CI"] = f"{low:.3f}–{high:.3f}"
-        lines.append("| " + " | ".join(shown.get(head, "") for head in HEADLINE) + " |")
-    for row in map(cells, document["rows"]):
-        lines.append("| " + " | ".join(_plain(row[head]) for head in HEADLINE) + " |")
+    lines += [_markdown_row(_emphasised(floor), HEADLINE) for floor in document["floors"]]
+    lines += [_markdown_row(cells(row), HEADLINE) for row in document["rows"]]
     return "\n".join(lines)
+
+
+def _emphasised(floor: dict[str, Any]) -> dict[str, str]:
+    shown = floor_cells(floor)
+    return shown | {"recipe": f"*{shown['recipe']}*"}
+
+
+def _markdown_row(row: dict[str, str], heads: Iterable[str]) -> str:
+    return "| " + " | ".join(_plain(row.get(head, "")) for head in heads) + " |"
 
 
 def _plain(text: object) -> str:
@@ -368,7 +373,14 @@ def _plain(text: object) -> str:
     >>> _plain("a|b <img>")
     'a\\|b &lt;img&gt;'
     """
-    return one_line(text, 1000).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|")
+    return (
+        one_line(text, 1000)
+        .replace("\\", "\\\\")
+        .replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        .replace("|", "\\|")
+    )
 
 
 def to_csv(comparison: Comparison) -> str:

@@ -60,12 +60,9 @@ def save_checkpoint(
                 scalars[f"{place}/{key}"] = value
     name = f"epoch-{progress.epoch:05d}"
     sha256 = save_tensors(folder / f"{name}.safetensors", flat)
-    # Some optimisers count their steps in the group (timm's LAMB).
-    groups = [
-        {key: value for key, value in group.items() if isinstance(value, (int, float))}
-        for group in optimizer.param_groups
-    ]
-    facts = {"run_digest": digest, "sha256": sha256, "progress": asdict(progress)}
+    # Some optimisers count their steps in the group, as a number or a tensor (timm's LAMB).
+    groups = [{key: float(value) for key, value in group.items() if key == "step"} for group in optimizer.param_groups]
+    facts: dict[str, Any] = {"run_digest": digest, "sha256": sha256, "progress": asdict(progress)}
     facts |= {"scalars": scalars, "groups": groups}
     write_json(folder / f"{name}.json", facts)
     for old in folder.glob("epoch-*"):
@@ -93,9 +90,16 @@ class Checkpoint:
         for full, value in {**self.part("optimizer"), **self.scalars}.items():
             place, key = full.split("/", 1)
             state.setdefault(int(place), {})[key] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        for group, numbers in zip(optimizer.param_groups, self.groups, strict=True):
-            group.update(numbers)
+        groups = [
+            {**group, **numbers}
+            for group, numbers in zip(optimizer.state_dict()["param_groups"], self.groups, strict=True)
+        ]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                # Sums over another memory format round otherwise, and LAMB takes norms.
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:

@@ -107,26 +107,32 @@ def _read(file: Any, count: int) -> tuple[torch.Tensor, float] | None:
 
 
 class StandardisedHead(nn.Module):
-    """A linear classifier on features scaled to mean 0 and deviation 1, which makes one learning rate fit all.
+    """A linear classifier on centred features of one common scale; it starts as the function that it was.
 
-    `fold` gives the same function as plain weights for the network's own classifier.
+    One scale for all makes one learning rate fit all networks; a scale for each would blow up rarely active
+    features. `fold` gives the same function as plain weights for the network's own classifier.
     """
 
     mean: torch.Tensor
-    std: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, classifier: nn.Module, values: torch.Tensor) -> None:
         super().__init__()
         self.classifier = classifier
         self.scaled = isinstance(classifier, nn.Linear) and values.ndim == 2
-        if self.scaled:
-            mean, std = values.mean(0), values.std(0, correction=0)
+        if isinstance(classifier, nn.Linear) and self.scaled:
+            scale, mean = values.var(0, correction=0).mean().sqrt(), values.mean(0)
+            scale = scale if float(scale) > 1e-12 else torch.ones(())
             self.register_buffer("mean", mean)
-            self.register_buffer("std", torch.where(std > 1e-6, std, torch.ones_like(std)))
+            self.register_buffer("scale", scale)
+            with torch.no_grad():
+                bias = torch.zeros(classifier.out_features) if classifier.bias is None else classifier.bias
+                classifier.bias = nn.Parameter(bias + classifier.weight @ mean)
+                classifier.weight.mul_(scale)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Return logits (B, classes) of features (B, ...)."""
-        scaled = (values - self.mean) / self.std if self.scaled else values
+        scaled = (values - self.mean) / self.scale if self.scaled else values
         logits: torch.Tensor = self.classifier(scaled)
         return logits
 
@@ -134,8 +140,6 @@ class StandardisedHead(nn.Module):
         """Return the classifier's state dict for features that are not scaled."""
         state = {key: value.detach().clone() for key, value in self.classifier.state_dict().items()}
         if self.scaled:
-            weight = state["weight"] / self.std
-            shift = weight @ self.mean
-            state["bias"] = state["bias"] - shift if "bias" in state else -shift
-            state["weight"] = weight
+            state["weight"] = state["weight"] / self.scale
+            state["bias"] = state["bias"] - state["weight"] @ self.mean
         return state

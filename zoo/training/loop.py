@@ -153,7 +153,8 @@ class _Trainer:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = False
             torch.backends.cudnn.deterministic = True
-        model = self.plan.model().to(self.device).to(memory_format=self.precision.memory_format)
+        model, note = self.plan.model()
+        model = model.to(self.device).to(memory_format=self.precision.memory_format)
         self.plan.run.path.mkdir(parents=True, exist_ok=True)
         self.recipe.write(self.plan.run.path / "recipe.toml")
         checkpoint = load_checkpoint(self.plan.run.path / "checkpoint", self.plan.digest)
@@ -166,9 +167,9 @@ class _Trainer:
                 self._train_head(model, phase)
             elif phase.name == "network" and not self._stopped_early:
                 self._train_network(model, phase, checkpoint)
-        return self._finish(model)
+        return self._finish(model, note)
 
-    def _finish(self, model: nn.Module) -> Run:
+    def _finish(self, model: nn.Module, note: str) -> Run:
         run, progress = self.plan.run, self.progress
         model.load_state_dict(self.best)
         save_tensors(run.weights_file, self.best)
@@ -192,6 +193,7 @@ class _Trainer:
             precision=self.precision.facts(),
             threads=self.threads,
             versions=versions(),
+            notes=[note] if note else [],
         )
         score_split(run, record, model, self.val_pixels, "val", self.precision, self.device)
         run.write_record(record)

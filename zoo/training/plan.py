@@ -11,7 +11,7 @@ import torch
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.errors import ZooError, one_line
 from zoo.files import Home, check_writable, digest_of, home
-from zoo.models.registry import ModelSpec, classifier_of, create_model, find_model, preprocessing_for
+from zoo.models.registry import ModelSpec, classifier_of, classifiers_of, create_model, find_model, preprocessing_for
 from zoo.models.weights import WeightsFile, resolve_weights
 from zoo.recipe import Recipe, load_recipe
 from zoo.runs import Preprocessing, Run, RunRecord, find_run, list_runs, run_name
@@ -32,7 +32,6 @@ class Plan:
     recipe_digest: str
     digest: str
     bad_images: str | None
-    notes: tuple[str, ...] = ()
 
     @property
     def run(self) -> Run:
@@ -55,15 +54,23 @@ class Plan:
             return f"file {self.weights.path.name}"
         return self.spec.tag or self.weights.path.name
 
-    def model(self) -> torch.nn.Module:
-        """Return the network with the weights to start from; a new head is drawn from the run's seed."""
+    def model(self) -> tuple[torch.nn.Module, str]:
+        """Return the network with the weights to start from, and what is to be said of its head.
+
+        A new head on trained features starts at zero: the random one of some networks (uniform within
+        1 / sqrt(classes)) is so large that it drowns them. A network from scratch keeps its own start.
+        """
         from zoo.models.weights import load_weights
 
         torch.manual_seed(self.seed)
         model = build_model(self.recipe, self.spec, self.preprocessing, len(self.dataset.classes))
+        fresh, note = self.recipe.finetune.strategy != "full", ""
         if self.weights is not None:
-            load_weights(model, self.weights, self.spec)
-        return model
+            report = load_weights(model, self.weights, self.spec)
+            fresh, note = report.head != "kept", report.note
+        if fresh:
+            _zero_heads(model)
+        return model, note
 
     def record(self, status: str, reason: str | None = None, **facts: Any) -> RunRecord:
         """Return what `run.json` says of this run."""
@@ -87,10 +94,18 @@ class Plan:
                 "model_options": self.recipe.model.options,
                 "weights": weights,
                 "strategy": self.recipe.finetune.strategy,
-                "notes": list(self.notes),
                 **facts,
             }
         )
+
+
+def _zero_heads(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for _, classifier in classifiers_of(model):
+            for module in classifier.modules():
+                if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                    for parameter in module.parameters(recurse=False):
+                        parameter.zero_()
 
 
 def build_model(recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, classes: int) -> torch.nn.Module:
@@ -120,7 +135,7 @@ def make_plan(
     cannot follow, augmentation that does not exist, a device that is not there, and folders that are full or
     cannot be written.
     """
-    from zoo.data.transforms import make_augment
+    from zoo.data.transforms import TRANSFORMS_VERSION, make_augment
     from zoo.training.precision import choose_device, choose_plan
 
     root = root or home()
@@ -150,7 +165,7 @@ def make_plan(
         "preprocessing": preprocessing.model_dump(),
     }
     resolved["weights"] = weights.sha256 if weights else None
-    resolved["augment"] = recipe.policy
+    resolved["augment"] = [recipe.policy, TRANSFORMS_VERSION]
     if bad_images:
         resolved["bad_images"] = bad_images
     recipe_digest = digest_of(resolved)

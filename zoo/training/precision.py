@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, one_line
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,12 @@ def choose_device(wanted: str) -> torch.device:
         there.insert(0, "cuda")
     if wanted == "auto":
         return torch.device(there[0])
-    device = torch.device(wanted)
-    beyond = device.type == "cuda" and "cuda" in there and (device.index or 0) >= torch.cuda.device_count()
-    if device.type not in there or beyond:
-        raise ZooError(f"device {wanted!r} is not on this machine; it has {', '.join(there)}: --set device=auto")
-    return device
+    kind, colon, index = wanted.partition(":")
+    counts = {"cuda": torch.cuda.device_count()}
+    if kind not in there or (colon and not (index.isdecimal() and int(index) < counts.get(kind, 1))):
+        listed = ", ".join(there)
+        raise ZooError(f"device {one_line(wanted, 60)!r} is not on this machine; take auto or one of {listed}")
+    return torch.device(wanted)
 
 
 def choose_plan(wanted: str, device: torch.device) -> PrecisionPlan:

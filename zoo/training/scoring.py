@@ -115,7 +115,8 @@ def evaluate(
     # The number format is the run's own, so that what is scored is what was selected.
     plan = PrecisionPlan(record.precision.get("dtype", "float32"), channels_last=True)
     pixels = open_pixels(dataset, split, record.preprocessing, bad_images, progress)
-    return score_split(run, record, load_model(run, root, device.type), pixels, split, plan, device)
+    score_split(run, record, load_model(run, root, device.type), pixels, split, plan, device)
+    return run.metrics(split)
 
 
 def _device_of(record: RunRecord) -> torch.device:

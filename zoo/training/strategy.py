@@ -11,7 +11,7 @@ from torch import nn
 from zoo.models.registry import classifier_of
 from zoo.recipe import Recipe
 
-DEFAULT_HEAD_LR = 1e-2
+DEFAULT_HEAD_LR = 3e-3
 
 
 @dataclass(frozen=True)

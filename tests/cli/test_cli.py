@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from zoo.cli import app, main
+from zoo.data.manifest import load_dataset
+from zoo.files import read_toml, sha256_file, write_toml
+from zoo.recipe import load_recipe
+from zoo.runs import list_runs
+from zoo.training.loop import train
+
+
+class Done:
+    """How a command ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def zoo(root_or_tiny, capsys, monkeypatch):
+    """Run the command line in this process."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["zoo", *map(str, arguments)])
+        before = signal.getsignal(signal.SIGTERM), os.environ.get("ZOO_HOME")
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as end:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, before[0])
+            os.environ["ZOO_HOME"] = before[1]
+        said = capsys.readouterr()
+        return Done(end.value.code, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def root_or_tiny(request):
+    """The home: `trained` or `tiny` where the test asks for one, else an empty one."""
+    for name in ("trained", "tiny"):
+        if name in request.fixturenames:
+            return request.getfixturevalue(name)
+    return request.getfixturevalue("root")
+
+
+def commands():
+    """Return every command of the app with the words that call it."""
+
+    def walk(command, words):
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            yield words, command
+        for name, each in (inner or {}).items():
+            yield from walk(each, [*words, name])
+
+    return list(walk(typer.main.get_command(app), []))
+
+
+COMMANDS = commands()
+
+
+def test_there_are_commands():
+    names = {" ".join(words) for words, _ in COMMANDS}
+    assert names >= {"list", "show", "doctor", "data import", "data split", "train", "bench", "compare", "predict"}
+
+
+@pytest.mark.parametrize(("words", "command"), COMMANDS, ids=lambda each: "-".join(each) if isinstance(each, list) else "")
+def test_every_command_has_help_json_and_home(zoo, words, command):
+    done = zoo(*words, "--help")
+    assert done.code == 0 and "Usage" in done.out and done.err == ""
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {"--json", "--home"} <= options
+    assert command.help and all(parameter.help for parameter in command.params if parameter.opts[0].startswith("--"))
+
+
+def test_help_and_version(zoo):
+    assert "Fine-tune and compare" in zoo("--help").out
+    assert zoo("-h").code == 0
+    assert zoo("--version").out.startswith("zoo ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trian"],
+        ["train"],
+        ["train", "tiny", "--data"],
+        ["train", "tiny", "--data", "tiny", "--seed", "x"],
+        ["train", "tiny", "--data", "tiny", "--epochs", "3"],
+        ["predict", "run"],
+        ["data", "split"],
+        ["data", "nothing"],
+        ["list"],
+    ],
+)
+def test_bad_usage_exits_2(zoo, arguments):
+    done = zoo(*arguments)
+    assert done.code == 2 and done.out == "" and done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "tinny", "--data", "tiny"], "unknown recipe 'tinny'; did you mean 'tiny'"),
+        (["train", "stranger", "--data", "tiny"], "resnet81"),
+        (["train", "tiny", "--data", "tinny"], "there is no dataset 'tinny'; did you mean 'tiny'"),
+        (["train", "tiny", "--data", "tiny", "--set", "lr"], "--set takes KEY=VALUE"),
+        (["train", "tiny", "--data", "tiny", "--bad-images", "skp"], "--bad-images must be fail or skip. Got 'skp'; did you mean 'skip'"),
+        (["train", "tiny", "--data", "tiny", "--seed", "-1"], "the seed must be from 0"),
+        (["train", "wild", "--data", "tiny"], "not finite in epoch 1, step"),
+        (["train", "tiny", "--data", "../tiny"], "dataset name must be"),
+        (["bench", "--data", "tiny"], "a benchmark needs a name"),
+        (["bench", "--data", "tiny", "--recipes", ",", "--seeds", "1"], "a benchmark needs a name"),
+        (["compare"], "nothing to compare"),
+        (["compare", "x"], "there is no run 'x'"),
+        (["compare", "--data", "tiny"], "there is no run on the present split"),
+        (["list", "model"], "zoo list takes one of models, recipes, datasets, benchmarks, runs. Got 'model'; did you mean 'models'"),
+        (["show", "quickstrat"], "nothing here is called 'quickstrat'; did you mean 'quickstart'"),
+        (["show", "a" * 3000], "nothing here is called"),
+        (["predict", "x", "y"], "there is no"),
+        (["data", "import", "nowhere", "--name", "n"], "nowhere"),
+        (["data", "import", "nowhere"], "a dataset needs a name; give one with --name"),
+        (["data", "split", "tinny"], "there is no dataset 'tinny'; did you mean 'tiny'"),
+        (["data", "split", "tiny", "--ratios", "a,b"], "--ratios takes three shares"),
+        (["list", "runs", "--home", "/dev/null/x"], "is no folder"),
+        (["--home", "/dev/null/x", "list", "runs"], "is no folder"),
+        (["train", "tiny", "--data", "tiny", "--home", "/dev/null/x"], "the home folder '/dev/null/x' is no folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_1(zoo, tiny, arguments, said):
+    shown = ["--json"] if arguments[0] != "--home" else []
+    done = zoo(*arguments, *shown)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert said in done.err
+
+
+def test_every_fault_of_a_recipe_is_said_at_once_with_the_nearest(zoo, tiny):
+    write_toml(tiny.recipes / "bad.toml", {"model": {"name": "simple_cnn"}, "optimiser": {}, "finetune": {"epoch": 3}})
+    done = zoo("train", "bad", "--data", "tiny", "--set", "lerning=1", "--set", "batch_size=0")
+    assert done.code == 1
+    for said in ("4 faults", "'optimiser'; did you mean 'optimizer'", "did you mean 'finetune.epochs'", "'lerning'", "batch_size must be"):
+        assert said in done.err
+
+
+def test_train_prints_what_scripts_rely_on_and_does_not_train_twice(zoo, tiny):
+    done = zoo("train", "tiny", "--data", "tiny", "--json", "--set", "epochs=1")
+    assert (done.code, done.err) == (0, "")
+    assert {"run", "status", "val", "train_s", "images_per_s"} <= set(done.json)
+    assert done.json["status"] == "finished" and 0 <= done.json["val"]["top1"] <= 1
+    (run,) = list_runs(tiny)
+    assert run.name == done.json["run"] and read_toml(run.path / "recipe.toml")["finetune"]["epochs"] == 1
+    stat = run.weights_file.stat().st_mtime_ns
+    again = zoo("train", "tiny", "--data", "tiny", "--set", "epochs=1")
+    assert again.code == 0 and run.name in again.out and "top1" in again.out
+    assert run.weights_file.stat().st_mtime_ns == stat
+
+
+def test_train_names_a_bad_image_or_counts_it(zoo, tiny):
+    dataset = load_dataset("tiny", tiny)
+    bad = dataset.of_split("val")["path"].iloc[0]
+    dataset.image_path(bad).unlink()
+    done = zoo("train", "tiny", "--data", "tiny")
+    assert done.code == 1 and Path(bad).name in done.err and "gone" in done.err
+    done = zoo("train", "tiny", "--data", "tiny", "--bad-images", "skip", "--json")
+    assert done.code == 0 and done.json["images_skipped"] == {"val": [f"{bad}: gone"]}
+    done = zoo("train", "tiny", "--data", "tiny", "--bad-images", "skip")
+    assert "left out of val: 1 unreadable image" in done.out
+
+
+def test_bench_exits_3_and_writes_the_table_where_some_runs_failed(zoo, tiny):
+    done = zoo("bench", "--data", "tiny", "--recipes", "tiny,wild", "--seeds", "1", "--json")
+    assert done.code == 3
+    assert {"dataset", "split_digest", "leaks_accepted", "floors", "rows"} <= set(done.json)
+    assert [row["status"] for row in done.json["rows"]] == ["finished", "failed"]
+    keys = {"recipe", "model", "weights", "seeds", "status", "reason", "params", "val_top1", "test_top1", "test_top1_ci", "letters", "train_s"}
+    assert all(keys <= set(row) for row in done.json["rows"])
+    assert all({"name", "test_top1"} <= set(floor) for floor in done.json["floors"])
+    before = (tiny.benchmarks / "tiny" / "table.md").read_bytes()
+    done = zoo("bench", "--data", "tiny", "--recipes", "tiny,wild", "--seeds", "1")
+    assert done.code == 3 and "failed: wild: the loss was not finite" in done.out and "floor: majority class" in done.out
+    assert (tiny.benchmarks / "tiny" / "table.md").read_bytes() == before
+    assert zoo("bench", "--data", "tiny", "--recipes", "tiny", "--seeds", "1").code == 0
+
+
+def test_compare_scores_and_prints(zoo, trained):
+    run = list_runs(trained)[0]
+    run.metrics_file("test").unlink()
+    done = zoo("compare", "--data", "tiny", "--json")
+    assert done.code == 0 and {row["recipe"] for row in done.json["rows"]} == {"tiny", "tiny-lp"}
+    assert run.metrics_file("test").is_file()
+    done = zoo("compare", *(run.name for run in list_runs(trained)), "--by", "train_s")
+    assert done.code == 0 and "tiny-lp" in done.out and "95% CI" in done.out
+    assert zoo("compare", "--data", "tiny", "--by", "tset").code == 1
+
+
+@pytest.mark.parametrize("kind", ["models", "recipes", "datasets", "benchmarks", "runs"])
+def test_lists_have_names_and_patterns(zoo, trained, kind):
+    rows = zoo("list", kind, "--json").json
+    assert rows and all(row["name"] for row in rows)
+    first = rows[0]["name"]
+    found = zoo("list", kind, first, "--json").json
+    assert first in [row["name"] for row in found]
+    assert zoo("list", kind, "no-such-thing", "--json").json == []
+    assert f"no {kind} here match 'no-such-thing'" in zoo("list", kind, "no-such-thing").out
+    shown = zoo("list", kind, first)
+    assert shown.code == 0 and first in shown.out.replace("\n", "")
+
+
+def test_a_damaged_run_is_listed_as_such(zoo, trained):
+    run = list_runs(trained)[0]
+    (run.path / "run.json").write_text("{")
+    rows = {row["name"]: row for row in zoo("list", "runs", "--json").json}
+    assert rows[run.name]["status"] == "damaged" and "no valid JSON" in rows[run.name]["reason"]
+    assert zoo("compare", "--data", "tiny", "--json").code == 0
+
+
+@pytest.mark.parametrize("what", ["simple_cnn", "resnet18", "quickstart", "tiny", "digits"])
+def test_everything_can_be_shown(zoo, trained, what):
+    assert zoo("show", what, "--json").json["kind"] in ("recipe", "benchmark", "dataset", "model")
+    assert zoo("show", what).code == 0
+    run = list_runs(trained)[0]
+    assert zoo("show", run.name, "--json").json["metrics"]["val"]["top1"] == run.metrics("val")["top1"]
+
+
+def test_data_is_imported_and_split(zoo, root, image_folder):
+    done = zoo("data", "import", image_folder, "--name", "mine", "--json")
+    assert done.code == 0
+    assert {"dataset", "split_digest", "splits"} <= set(done.json)
+    for split in ("train", "val", "test"):
+        assert {"images", "groups", "classes"} <= set(done.json["splits"][split])
+    assert sum(facts["images"] for facts in done.json["splits"].values()) == 36
+    again = zoo("data", "split", "mine", "--json").json
+    assert again["split_digest"] == done.json["split_digest"]
+    other = zoo("data", "split", "mine", "--seed", "3", "--ratios", "0.5,0.25,0.25", "--json").json
+    assert other["split_digest"] != done.json["split_digest"] and other["splits"]["val"]["images"] == 9
+    assert "all images" in zoo("data", "split", "mine").out
+
+
+def test_predict_prints_one_object_a_line(zoo, trained, tmp_path):
+    run = list_runs(trained)[0]
+    folder = load_dataset("tiny", trained).root
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    done = zoo("predict", run.name, folder / "normal", bad, "--json")
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert (done.code, len(rows)) == (0, 13)
+    assert all(set(row) == {"path", "label", "scores", "refer", "error"} for row in rows)
+    assert rows[-1]["error"] and rows[-1]["label"] is None
+    assert all(sum(row["scores"].values()) == pytest.approx(1) for row in rows[:-1])
+    assert zoo("predict", run.name, bad).code == 1
+    assert "bad.png" in zoo("predict", run.name, folder / "normal", bad).out
+    for wrong, said in ((["gone.png"], "there is no file or folder"), ([folder, "--device", "gpu"], "device 'gpu'")):
+        done = zoo("predict", run.name, *wrong, "--json")
+        assert (done.code, done.out) == (1, "") and said in done.err
+
+
+def test_the_doctor_is_content_here(zoo, root):
+    done = zoo("doctor", "--json")
+    assert done.code == 0 and done.json["ok"] is True
+    assert {"python", "torch", "timm", "home"} <= {check["name"] for check in done.json["checks"]}
+    shutil.rmtree(root.root / "models")
+    (root.root / "models").write_text("in the way")
+    done = zoo("doctor", "--json")
+    assert done.code == 1 and not done.json["ok"]
+
+
+def test_a_home_that_cannot_be_written_is_found_before_work(zoo, tiny):
+    shutil.rmtree(tiny.root / "models", ignore_errors=True)
+    (tiny.root / "models").write_text("in the way")
+    done = zoo("train", "tiny", "--data", "tiny", "--json")
+    assert (done.code, done.out) == (1, "") and "cannot write" in done.err
+    assert not list((load_dataset("tiny", tiny).folder).glob(".cache/pixels-*"))
+
+
+# Real processes ---------------------------------------------------------------------------------------------
+
+
+def start(home, *arguments):
+    environment = {**os.environ, "ZOO_HOME": str(home.root), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "zoo", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+def test_signals_stop_a_run_that_then_goes_on_to_the_same_bits(tiny):
+    changes = ["epochs=400", "patience=400"]
+    command = ["train", "tiny", "--data", "tiny", "--json", *(word for each in changes for word in ("--set", each))]
+    for sent, code, line in ((signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 6)):
+        process = start(tiny, *command)
+        history = None
+        for _ in range(600):
+            files = list(tiny.runs.glob("*/history.jsonl"))
+            history = files[0].read_text().splitlines() if files else []
+            if len(history) >= line or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (code, ""), err
+        assert "Traceback" not in err and "goes on from its last finished epoch with the same command" in err
+        (folder,) = tiny.runs.iterdir()
+        assert not (folder / "run.json").exists()
+        assert len((folder / "history.jsonl").read_text().splitlines()) >= line
+    # What the checkpoint holds is what an uninterrupted run holds after as many epochs.
+    from zoo.training.checkpoint import load_checkpoint
+    from zoo.training.plan import make_plan
+
+    recipe = load_recipe("tiny", {"epochs": 400, "patience": 400}, tiny)
+    plan = make_plan(recipe, "tiny", 0, tiny)
+    epochs = load_checkpoint(folder / "checkpoint", plan.digest).progress.epoch
+    found = sha256_file(folder / "checkpoint" / f"epoch-{epochs:05}.safetensors")
+    folder.rename(folder.with_name("aside"))
+
+    def stop(tick):
+        if tick.epoch == epochs + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Exception, match="interrupted"):
+        train(recipe, "tiny", 0, tiny, on_tick=stop)
+    assert sha256_file(folder / "checkpoint" / f"epoch-{epochs:05}.safetensors") == found
+
+
+def test_a_reader_that_goes_away_is_no_fault(tiny):
+    process = start(tiny, "list", "models", "--json")
+    process.stdout.read(10)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(60), err) == (0, "")
+
+
+def test_a_mistake_in_a_real_process_is_one_line(tiny):
+    process = start(tiny, "train", "tiny", "--data", "tinny", "--json")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: there is no dataset 'tinny'")

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from zoo.data.cache import open_pixels
+from zoo.data.decode import BadImage
+from zoo.data.manifest import load_dataset
+from zoo.data.transforms import center_crop
+from zoo.deployment.predictor import Predictor, find_images
+from zoo.errors import ZooError
+from zoo.runs import list_runs
+from zoo.training.scoring import predictions_of
+
+
+@pytest.fixture
+def run(trained):
+    return next(run for run in list_runs(trained) if "--tiny--s0" in run.name)
+
+
+def test_it_sees_what_the_training_saw_and_scores_the_same(trained, run):
+    dataset = load_dataset("tiny", trained)
+    pixels = open_pixels(dataset, "test", run.record.preprocessing)
+    files = [dataset.image_path(path) for path in pixels.paths]
+    predictor = Predictor.load(run.name, trained, device="cpu")
+    for place, file in enumerate(files):
+        np.testing.assert_array_equal(predictor.pixels(file.read_bytes()), center_crop(pixels[place], 32))
+    stored = predictions_of(run, "test")
+    for batch_size in (1, 4, 32):
+        found = list(predictor.stream(files, batch_size))
+        assert [each.path for each in found] == [str(file) for file in files]
+        scores = np.array([list(each.scores.values()) for each in found])
+        np.testing.assert_allclose(scores, stored.y_score, rtol=1e-4, atol=1e-6)
+        assert [each.label for each in found] == [dataset.classes[place] for place in stored.y_pred]
+        assert all(list(each.scores) == dataset.classes for each in found)
+        assert not any(each.refer or each.error for each in found)
+
+
+def test_a_run_is_given_by_itself_its_name_or_its_folder(trained, run):
+    file = next((load_dataset("tiny", trained).root).rglob("*.png"))
+    rows = [Predictor.load(source, trained).predict([file])[0].row() for source in (run, run.name, run.path)]
+    assert rows[0] == rows[1] == rows[2]
+    assert set(rows[0]) == {"path", "label", "scores", "refer", "error"}
+
+
+def test_a_bad_file_is_a_row_with_a_reason(trained, run, tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    good = next(load_dataset("tiny", trained).root.rglob("*.png")).read_bytes()
+    (folder / "a.png").write_bytes(good)
+    (folder / "b.png").write_bytes(good[:200])
+    (folder / "c.png").write_bytes(b"")
+    (folder / "d.JPG").write_bytes(b"no image")
+    (folder / "e.png").symlink_to(folder / "gone")
+    (folder / "f.PNG").write_bytes(good)
+    (folder / ".hidden.png").write_bytes(good)
+    (folder / "notes.txt").write_text("no image")
+    predictor = Predictor.load(run)
+    found = predictor.predict([folder])
+    assert [each.path[-5:] for each in found] == ["a.png", "b.png", "c.png", "d.JPG", "f.PNG"]
+    assert [each.error is None for each in found] == [True, False, False, False, True]
+    assert all(each.error and each.label is None and each.scores == {} for each in found[1:4])
+    assert found[0].scores == pytest.approx(found[4].scores)
+    named = predictor.predict([folder / "e.png", folder / "notes.txt"])
+    assert named[0].error == "No such file or directory" and named[1].error
+    with pytest.raises(BadImage):
+        predictor.pixels(b"")
+
+
+def test_images_are_found_in_order_and_what_is_not_there_is_said(tmp_path):
+    for name in ("b/2.png", "b/1.jpeg", "a.tif", "c.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    given = [tmp_path / "c.webp", tmp_path / "b"]
+    assert [file.name for file in find_images(given)] == ["c.webp", "1.jpeg", "2.png"]
+    assert len(find_images([tmp_path])) == 4
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ZooError, match=r"folder '.*empty' holds no image \(.bmp, "):
+        find_images([tmp_path / "empty"])
+    for missing in (tmp_path / "gone", "a" * 5000):
+        with pytest.raises(ZooError, match="there is no file or folder .*check the path"):
+            find_images([missing])
+    with pytest.raises(ZooError, match="no image was named"):
+        find_images([])
+
+
+def test_what_cannot_predict_is_said(trained, run):
+    with pytest.raises(ZooError, match="there is no run 'tiny--tinny--s0'; did you mean"):
+        Predictor.load("tiny--tinny--s0", trained)
+    with pytest.raises(ZooError, match="device 'gpu' is not on this machine"):
+        Predictor.load(run, device="gpu")
+    run.write_record(run.record.model_copy(update={"status": "failed", "reason": "no luck"}))
+    with pytest.raises(ZooError, match="did not finish: no luck"):
+        Predictor.load(run)

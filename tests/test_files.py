@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zoo.errors import ZooError, one_line
+from zoo.files import (
+    atomic_writer,
+    check_name,
+    check_writable,
+    digest_of,
+    find_toml,
+    home,
+    list_toml,
+    read_json,
+    read_toml,
+    sha256_bytes,
+    sha256_file,
+    to_json,
+    write_error,
+    write_json,
+    write_text,
+    write_toml,
+)
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(), VALUES))
+def test_json_comes_back_and_its_digest_does_not_hang_on_the_order(value):
+    assert json.loads(to_json(value)) == value
+    assert digest_of(value) == digest_of(dict(reversed(value.items())))
+
+
+@given(st.text(), st.integers(2, 50))
+def test_one_line_is_one_printable_line(text, limit):
+    assert one_line(text, limit).isprintable() and len(one_line(text, limit)) <= limit
+
+
+def test_numbers_that_are_not_finite_become_null():
+    value = {"a": [math.nan, np.float32("inf"), np.arange(2)], "b": np.float64(0.5), 3: (1,)}
+    assert json.loads(to_json(value)) == {"a": [None, None, [0, 1]], "b": 0.5, "3": [1]}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(RuntimeError), atomic_writer(file) as stream:
+        stream.write(b"half")
+        raise RuntimeError
+    assert read_json(file) == {"schema_version": 1, "a": 1}
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_has_the_rights_that_others_would_give_it(tmp_path):
+    write_text(tmp_path / "a", "ä")
+    (tmp_path / "b").write_text("b")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+    assert sha256_file(tmp_path / "a") == sha256_bytes("ä".encode())
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    for write in (
+        lambda path: write_text(path, "x"),
+        lambda path: check_writable(path),
+    ):
+        with pytest.raises(ZooError, match="cannot write .*(File exists|Not a directory); check the path"):
+            write(tmp_path / "file" / "below")
+    check_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    said = str(write_error(tmp_path, OSError(28, "No space left on device")))
+    assert said.endswith("No space left on device; free space on that disk, or work elsewhere with --home")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full") or os.geteuid() != 0, reason="needs root and a mount")
+def test_a_full_disk_is_said_before_work(tmp_path):
+    import subprocess
+
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("this container cannot mount")
+    try:
+        with pytest.raises(ZooError, match="No space left on device; free space"):
+            check_writable(small)
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "is no valid JSON"), ("[1]", "must hold one JSON table. Got a list"), ("\xff", "is no valid JSON")],
+)
+def test_a_damaged_json_is_said(tmp_path, text, said):
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ZooError, match=said):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("version", [2, '"1"', "null"])
+def test_an_unknown_schema_is_refused(tmp_path, version):
+    (tmp_path / "a.json").write_text(f'{{"schema_version": {version}}}')
+    with pytest.raises(ZooError, match="this zoo reads up to 1: update the zoo"):
+        read_json(tmp_path / "a.json")
+
+
+def test_toml_comes_back_without_what_is_none(tmp_path):
+    write_toml(tmp_path / "a.toml", {"a": None, "b": {"c": [1, 2], "d": None}, "e": "ü\n"})
+    assert read_toml(tmp_path / "a.toml") == {"b": {"c": [1, 2]}, "e": "ü\n"}
+    (tmp_path / "a.toml").write_text("a = \nb = 1")
+    with pytest.raises(ZooError, match=r"is no valid TOML: .*line 1"):
+        read_toml(tmp_path / "a.toml")
+    with pytest.raises(ZooError, match="there is no file"):
+        read_toml(tmp_path / "b.toml")
+    with pytest.raises(ZooError, match="cannot read .*Is a directory"):
+        read_toml(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../a", "a--b", ".a", "a/b", "a" * 81, "ä", "a\n"])
+def test_a_name_that_cannot_be_a_folder_s_is_refused(name):
+    with pytest.raises(ZooError, match="recipe name must be 1 to 80 letters"):
+        check_name(name, "recipe")
+
+
+def test_home_is_the_argument_then_the_environment_then_here(tmp_path, monkeypatch):
+    (tmp_path / "one").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ZOO_HOME", raising=False)
+    assert home().root == tmp_path
+    monkeypatch.setenv("ZOO_HOME", "one")
+    assert home().root == tmp_path / "one"
+    assert home(tmp_path).root == tmp_path
+    for wrong in (tmp_path / "none", "/dev/null/x"):
+        with pytest.raises(ZooError, match="the home folder .* is no folder; make it"):
+            home(wrong)
+
+
+def test_the_user_s_recipe_comes_before_the_built_in_one(root):
+    built_in = find_toml("simple_cnn", "recipes", root.recipes)
+    write_text(root.recipes / "simple_cnn.toml", "")
+    assert find_toml("simple_cnn", "recipes", root.recipes) == root.recipes / "simple_cnn.toml" != built_in
+    assert len(list_toml("recipes", root.recipes)) > 10
+    with pytest.raises(ZooError, match="unknown recipe 'simple_cnm'; did you mean 'simple_cnn'"):
+        find_toml("simple_cnm", "recipes", root.recipes)
+    with pytest.raises(ZooError, match="there is no file 'gone.toml'"):
+        find_toml("gone.toml", "recipes", root.recipes)

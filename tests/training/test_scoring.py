@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from zoo.data.cache import open_pixels
+from zoo.data.manifest import load_dataset
+from zoo.errors import ZooError
+from zoo.evaluation.metrics import compute_metrics
+from zoo.evaluation.predictions import read_predictions
+from zoo.runs import Run, list_runs
+from zoo.training.scoring import evaluate, load_model, predictions_of
+
+
+@pytest.fixture
+def run(trained) -> Run:
+    return list_runs(trained)[0]
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_is_scored_in_manifest_order_with_its_metrics(trained, run, split):
+    dataset = load_dataset("tiny", trained)
+    metrics = evaluate(run.name, split, trained)
+    predictions = predictions_of(run, split)
+    rows = dataset.of_split(split)
+    assert predictions.sample_ids.tolist() == rows["sample_id"].tolist()
+    assert predictions.groups.tolist() == rows["group"].tolist()
+    assert [dataset.classes[each] for each in predictions.y_true] == rows["label"].tolist()
+    found = compute_metrics(predictions, dataset.classes, dataset.negative_class)
+    assert {key: metrics[key] for key in found} == found
+    assert (metrics["run"], metrics["split"], metrics["images_skipped"]) == (run.name, split, [])
+
+
+def test_a_split_is_scored_once(trained, run):
+    for path in load_dataset("tiny", trained).of_split("test")["path"]:
+        load_dataset("tiny", trained).image_path(path).unlink()
+    before = run.predictions_file("test").read_bytes()
+    assert evaluate(run, "test", trained) == run.metrics("test")
+    assert run.predictions_file("test").read_bytes() == before
+    run.metrics_file("test").unlink()
+    with pytest.raises(ZooError, match="of split 'test': gone"):
+        evaluate(run, "test", trained)
+
+
+def test_the_same_weights_give_the_same_file(trained, run):
+    before = run.predictions_file("test").read_bytes(), run.metrics_file("test").read_bytes()
+    run.predictions_file("test").unlink()
+    evaluate(run, "test", trained)
+    assert (run.predictions_file("test").read_bytes(), run.metrics_file("test").read_bytes()) == before
+
+
+def test_skipped_images_are_counted(trained, run):
+    dataset = load_dataset("tiny", trained)
+    gone = dataset.of_split("test")["path"].iloc[0]
+    dataset.image_path(gone).unlink()
+    run.metrics_file("test").unlink()
+    metrics = evaluate(run, "test", trained, bad_images="skip")
+    assert metrics["n"] == 8 and metrics["images_skipped"] == [f"{gone}: gone"]
+
+
+def test_what_cannot_be_scored_is_said(trained, run):
+    with pytest.raises(ZooError, match="split must be one of train, val, test. Got 'tset'"):
+        evaluate(run, "tset", trained)
+    with pytest.raises(ZooError, match="there is no run 'nothing'"):
+        evaluate("nothing", "test", trained)
+    run.predictions_file("test").unlink()
+    with pytest.raises(ZooError, match="is not scored on 'test' yet"):
+        predictions_of(run, "test")
+    run.write_record(run.record.model_copy(update={"status": "failed", "reason": "no luck"}))
+    for use in (evaluate, load_model):
+        with pytest.raises(ZooError, match="did not finish: no luck; train it again"):
+            use(run)
+
+
+@pytest.mark.parametrize("kept", [0, 100, -10])
+def test_damaged_weights_are_said(trained, run, kept):
+    data = run.weights_file.read_bytes()
+    run.weights_file.write_bytes(data[:kept])
+    with pytest.raises(ZooError, match="weights of run .* cannot be read: .*; train it again"):
+        load_model(run)
+
+
+def test_missing_or_other_weights_are_said(trained, run):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(run.weights_file)
+    state.pop(sorted(state)[0])
+    save_file(state, run.weights_file)
+    with pytest.raises(ZooError, match="do not fit 'simple_cnn': .*Missing key"):
+        load_model(run)
+    run.weights_file.unlink()
+    with pytest.raises(ZooError, match="cannot be read"):
+        load_model(run)
+
+
+def test_a_loaded_model_is_ready_to_use(trained, run):
+    from zoo.data.transforms import center_crop, normalise_tensor
+
+    import torch
+
+    model = load_model(run.name, trained)
+    assert not model.training
+    record = run.record
+    pixels = open_pixels(load_dataset("tiny", trained), "test", record.preprocessing)
+    batch = torch.from_numpy(np.stack([center_crop(pixels[0], 32)]))
+    with torch.inference_mode():
+        logits = model(normalise_tensor(batch, record.preprocessing))
+    stored = read_predictions(run.predictions_file("test")).logits[0]
+    np.testing.assert_allclose(logits[0].numpy(), stored, rtol=1e-4, atol=1e-5)
