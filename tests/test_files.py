@@ -74,9 +74,9 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     for write in (
         lambda path: write_text(path, "x"),
-        lambda path: check_writable(path),
+        check_writable,
     ):
-        with pytest.raises(ZooError, match="cannot write .*(File exists|Not a directory); check the path"):
+        with pytest.raises(ZooError, match=r"cannot write .*(File exists|Not a directory); check the path"):
             write(tmp_path / "file" / "below")
     check_writable(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
@@ -84,13 +84,15 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     assert said.endswith("No space left on device; free space on that disk, or work elsewhere with --home")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full") or os.geteuid() != 0, reason="needs root and a mount")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root and a mount")
 def test_a_full_disk_is_said_before_work(tmp_path):
     import subprocess
 
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True, check=False
+    ).returncode:
         pytest.skip("this container cannot mount")
     try:
         with pytest.raises(ZooError, match="No space left on device; free space"):
@@ -125,7 +127,7 @@ def test_toml_comes_back_without_what_is_none(tmp_path):
         read_toml(tmp_path / "a.toml")
     with pytest.raises(ZooError, match="there is no file"):
         read_toml(tmp_path / "b.toml")
-    with pytest.raises(ZooError, match="cannot read .*Is a directory"):
+    with pytest.raises(ZooError, match=r"cannot read .*Is a directory"):
         read_toml(tmp_path)
 
 
@@ -144,7 +146,7 @@ def test_home_is_the_argument_then_the_environment_then_here(tmp_path, monkeypat
     assert home().root == tmp_path / "one"
     assert home(tmp_path).root == tmp_path
     for wrong in (tmp_path / "none", "/dev/null/x"):
-        with pytest.raises(ZooError, match="the home folder .* is no folder; make it"):
+        with pytest.raises(ZooError, match=r"the home folder .* is no folder; make it"):
             home(wrong)
 
 
@@ -155,5 +157,5 @@ def test_the_user_s_recipe_comes_before_the_built_in_one(root):
     assert len(list_toml("recipes", root.recipes)) > 10
     with pytest.raises(ZooError, match="unknown recipe 'simple_cnm'; did you mean 'simple_cnn'"):
         find_toml("simple_cnm", "recipes", root.recipes)
-    with pytest.raises(ZooError, match="there is no file 'gone.toml'"):
+    with pytest.raises(ZooError, match=r"there is no file 'gone.toml'"):
         find_toml("gone.toml", "recipes", root.recipes)

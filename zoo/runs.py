@@ -52,6 +52,7 @@ class RunRecord(BaseModel):
     recipe_digest: str
     seed: int
     split_digest: str
+    bad_images: str | None = None
     classes: list[str]
     negative_class: str | None = None
     model: str

@@ -39,7 +39,7 @@ def test_failures_are_rows_and_the_others_go_on(tiny):
     # What cannot be planned is told before anything is trained.
     states = [step.state for step in steps]
     assert states[:2] == ["refused", "refused"] and states.index("begins") == 2
-    assert [floor["name"] for floor in result.comparison.floors][0] == "majority class"
+    assert result.comparison.floors[0]["name"] == "majority class"
     assert result.folder == tiny.benchmarks / "tiny"
     made = {each.name for each in result.folder.iterdir()}
     assert made == {*TABLES, "test-scores.png", "learning-curves.png", "confusion-matrices.png", "samples.png"}
@@ -103,6 +103,11 @@ def test_bad_test_images_may_be_left_out(tiny):
     result = bench(data="tiny", recipes=["tiny", "tiny-lp"], seeds=1, bad_images="skip")
     assert result.failed == 0 and (result.folder / "samples.png").is_file()
     assert [row["test_images"] for row in result.comparison.rows] == [8, 8]
+    for run in list_runs(tiny):
+        run.metrics_file("test").unlink()
+    score_missing([], data="tiny", root=tiny)  # as the runs were trained
+    again = comparison_of(data="tiny", root=tiny)
+    assert (again.rows, again.floors) == (result.comparison.rows, result.comparison.floors)
 
 
 def test_a_benchmark_s_file_is_read_and_its_keys_are_set_in_every_recipe(tiny):

@@ -81,7 +81,9 @@ def test_there_are_commands():
     assert names >= {"list", "show", "doctor", "data import", "data split", "train", "bench", "compare", "predict"}
 
 
-@pytest.mark.parametrize(("words", "command"), COMMANDS, ids=lambda each: "-".join(each) if isinstance(each, list) else "")
+@pytest.mark.parametrize(
+    ("words", "command"), COMMANDS, ids=lambda each: "-".join(each) if isinstance(each, list) else ""
+)
 def test_every_command_has_help_json_and_home(zoo, words, command):
     done = zoo(*words, "--help")
     assert done.code == 0 and "Usage" in done.out and done.err == ""
@@ -122,7 +124,10 @@ def test_bad_usage_exits_2(zoo, arguments):
         (["train", "stranger", "--data", "tiny"], "resnet81"),
         (["train", "tiny", "--data", "tinny"], "there is no dataset 'tinny'; did you mean 'tiny'"),
         (["train", "tiny", "--data", "tiny", "--set", "lr"], "--set takes KEY=VALUE"),
-        (["train", "tiny", "--data", "tiny", "--bad-images", "skp"], "--bad-images must be fail or skip. Got 'skp'; did you mean 'skip'"),
+        (
+            ["train", "tiny", "--data", "tiny", "--bad-images", "skp"],
+            "--bad-images must be fail or skip. Got 'skp'; did you mean 'skip'",
+        ),
         (["train", "tiny", "--data", "tiny", "--seed", "-1"], "the seed must be from 0"),
         (["train", "wild", "--data", "tiny"], "not finite in epoch 1, step"),
         (["train", "tiny", "--data", "../tiny"], "dataset name must be"),
@@ -131,7 +136,10 @@ def test_bad_usage_exits_2(zoo, arguments):
         (["compare"], "nothing to compare"),
         (["compare", "x"], "there is no run 'x'"),
         (["compare", "--data", "tiny"], "there is no run on the present split"),
-        (["list", "model"], "zoo list takes one of models, recipes, datasets, benchmarks, runs. Got 'model'; did you mean 'models'"),
+        (
+            ["list", "model"],
+            "zoo list takes one of models, recipes, datasets, benchmarks, runs. Got 'model'; did you mean 'models'",
+        ),
         (["show", "quickstrat"], "nothing here is called 'quickstrat'; did you mean 'quickstart'"),
         (["show", "a" * 3000], "nothing here is called"),
         (["predict", "x", "y"], "there is no"),
@@ -156,7 +164,13 @@ def test_every_fault_of_a_recipe_is_said_at_once_with_the_nearest(zoo, tiny):
     write_toml(tiny.recipes / "bad.toml", {"model": {"name": "simple_cnn"}, "optimiser": {}, "finetune": {"epoch": 3}})
     done = zoo("train", "bad", "--data", "tiny", "--set", "lerning=1", "--set", "batch_size=0")
     assert done.code == 1
-    for said in ("4 faults", "'optimiser'; did you mean 'optimizer'", "did you mean 'finetune.epochs'", "'lerning'", "batch_size must be"):
+    for said in (
+        "4 faults",
+        "'optimiser'; did you mean 'optimizer'",
+        "did you mean 'finetune.epochs'",
+        "'lerning'",
+        "batch_size must be",
+    ):
         assert said in done.err
 
 
@@ -190,12 +204,27 @@ def test_bench_exits_3_and_writes_the_table_where_some_runs_failed(zoo, tiny):
     assert done.code == 3
     assert {"dataset", "split_digest", "leaks_accepted", "floors", "rows"} <= set(done.json)
     assert [row["status"] for row in done.json["rows"]] == ["finished", "failed"]
-    keys = {"recipe", "model", "weights", "seeds", "status", "reason", "params", "val_top1", "test_top1", "test_top1_ci", "letters", "train_s"}
+    keys = {
+        "recipe",
+        "model",
+        "weights",
+        "seeds",
+        "status",
+        "reason",
+        "params",
+        "val_top1",
+        "test_top1",
+        "test_top1_ci",
+        "letters",
+        "train_s",
+    }
     assert all(keys <= set(row) for row in done.json["rows"])
     assert all({"name", "test_top1"} <= set(floor) for floor in done.json["floors"])
     before = (tiny.benchmarks / "tiny" / "table.md").read_bytes()
     done = zoo("bench", "--data", "tiny", "--recipes", "tiny,wild", "--seeds", "1")
-    assert done.code == 3 and "failed: wild: the loss was not finite" in done.out and "floor: majority class" in done.out
+    assert (
+        done.code == 3 and "failed: wild: the loss was not finite" in done.out and "floor: majority class" in done.out
+    )
     assert (tiny.benchmarks / "tiny" / "table.md").read_bytes() == before
     assert zoo("bench", "--data", "tiny", "--recipes", "tiny", "--seeds", "1").code == 0
 
@@ -296,7 +325,11 @@ def test_a_home_that_cannot_be_written_is_found_before_work(zoo, tiny):
 def start(home, *arguments):
     environment = {**os.environ, "ZOO_HOME": str(home.root), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "zoo", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "zoo", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

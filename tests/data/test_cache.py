@@ -12,9 +12,7 @@ from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError
 from zoo.runs import Preprocessing
 
-HERE = Preprocessing(
-    image_size=32, crop_pct=1.0, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-)
+HERE = Preprocessing(image_size=32, crop_pct=1.0, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @pytest.fixture

@@ -12,9 +12,7 @@ from zoo.data.manifest import load_dataset
 from zoo.data.transforms import center_crop, make_augment
 from zoo.runs import Preprocessing
 
-HERE = Preprocessing(
-    image_size=32, crop_pct=1.0, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-)
+HERE = Preprocessing(image_size=32, crop_pct=1.0, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(0, 2**31 - 1), st.integers(0, 1000))

@@ -78,7 +78,7 @@ def test_images_are_found_in_order_and_what_is_not_there_is_said(tmp_path):
     with pytest.raises(ZooError, match=r"folder '.*empty' holds no image \(.bmp, "):
         find_images([tmp_path / "empty"])
     for missing in (tmp_path / "gone", "a" * 5000):
-        with pytest.raises(ZooError, match="there is no file or folder .*check the path"):
+        with pytest.raises(ZooError, match=r"there is no file or folder .*check the path"):
             find_images([missing])
     with pytest.raises(ZooError, match="no image was named"):
         find_images([])

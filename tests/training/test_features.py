@@ -23,7 +23,7 @@ def test_features_are_what_the_classifier_gets(tiny, make_recipe, model):
 
     plan = make_plan(make_recipe(model__name=model), "tiny", 0, tiny)
     pixels = open_pixels(plan.dataset, "val", plan.preprocessing)
-    net = plan.model()
+    net = plan.model()[0]
     values, logits = forward_pixels(net, pixels, plan.preprocessing, FLOAT32, CPU)
     assert values.shape[0] == logits.shape[0] == 9 and logits.shape[1] == 3
     assert values.dtype == logits.dtype == torch.float32
@@ -54,7 +54,7 @@ def test_kept_features_charge_what_they_cost(trained, make_recipe):
     source = next(run for run in list_runs(trained) if "--tiny--s0" in run.name)
     plan = make_plan(make_recipe(weights=source.name), "tiny", 0, trained)
     pixels = open_pixels(plan.dataset, "train", plan.preprocessing)
-    found = [split_features(plan.model(), pixels, "train", plan, FLOAT32, CPU) for _ in range(2)]
+    found = [split_features(plan.model()[0], pixels, "train", plan, FLOAT32, CPU) for _ in range(2)]
     assert found[0].seconds == found[1].seconds > 0
     assert torch.equal(found[0].values, found[1].values)
     assert found[0].y_true.tolist() == pixels.y_true.tolist()
@@ -77,13 +77,16 @@ def test_a_folded_head_is_the_same_function(bias):
     torch.manual_seed(0)
     values = torch.randn(50, 6) * torch.tensor([1e-3, 1, 10, 100, 1, 1]) + 5
     values[:, 5] = 3.0  # a feature that never varies
-    head = StandardisedHead(nn.Linear(6, 3, bias=bias), values)
+    linear = nn.Linear(6, 3, bias=bias)
+    before = linear(values).detach()
+    head = StandardisedHead(linear, values)
+    torch.testing.assert_close(head(values).detach(), before, rtol=1e-3, atol=1e-3)
     state = head.fold()
     folded = nn.functional.linear(values, state["weight"], state["bias"])
     torch.testing.assert_close(folded, head(values).detach(), rtol=1e-3, atol=1e-3)
-    scaled = (values - head.mean) / head.std
-    np.testing.assert_allclose(scaled[:, :5].mean(0), 0, atol=1e-2)
-    np.testing.assert_allclose(scaled[:, :5].std(0, correction=0), 1, rtol=1e-3)
+    scaled = (values - head.mean) / head.scale
+    np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-2)
+    np.testing.assert_allclose(scaled.var(0, correction=0).mean(), 1, rtol=1e-3)
     assert torch.isfinite(scaled).all()
 
 

@@ -59,7 +59,7 @@ def test_skipped_images_are_counted(trained, run):
 
 
 def test_what_cannot_be_scored_is_said(trained, run):
-    with pytest.raises(ZooError, match="split must be one of train, val, test. Got 'tset'"):
+    with pytest.raises(ZooError, match=r"split must be one of train, val, test. Got 'tset'"):
         evaluate(run, "tset", trained)
     with pytest.raises(ZooError, match="there is no run 'nothing'"):
         evaluate("nothing", "test", trained)
@@ -76,7 +76,7 @@ def test_what_cannot_be_scored_is_said(trained, run):
 def test_damaged_weights_are_said(trained, run, kept):
     data = run.weights_file.read_bytes()
     run.weights_file.write_bytes(data[:kept])
-    with pytest.raises(ZooError, match="weights of run .* cannot be read: .*; train it again"):
+    with pytest.raises(ZooError, match=r"weights of run .* cannot be read: .*; train it again"):
         load_model(run)
 
 
@@ -86,7 +86,7 @@ def test_missing_or_other_weights_are_said(trained, run):
     state = load_file(run.weights_file)
     state.pop(sorted(state)[0])
     save_file(state, run.weights_file)
-    with pytest.raises(ZooError, match="do not fit 'simple_cnn': .*Missing key"):
+    with pytest.raises(ZooError, match=r"do not fit 'simple_cnn': .*Missing key"):
         load_model(run)
     run.weights_file.unlink()
     with pytest.raises(ZooError, match="cannot be read"):
@@ -94,9 +94,9 @@ def test_missing_or_other_weights_are_said(trained, run):
 
 
 def test_a_loaded_model_is_ready_to_use(trained, run):
-    from zoo.data.transforms import center_crop, normalise_tensor
-
     import torch
+
+    from zoo.data.transforms import center_crop, normalise_tensor
 
     model = load_model(run.name, trained)
     assert not model.training

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -117,9 +118,9 @@ def rates(recipe, epochs, updates, name="simple_cnn"):
 def test_the_rate_warms_up_then_falls_as_a_cosine(make_recipe):
     found = rates(make_recipe(epochs=10, lr=1e-2, warmup_epochs=2), 10, 5)
     assert found[0] == pytest.approx(1e-4)
-    assert all(a < b for a, b in zip(found[:10], found[1:11], strict=True))
+    assert all(a < b for a, b in pairwise(found[:11]))
     assert max(found) <= 1e-2 * (1 + 1e-9)
-    assert all(a >= b for a, b in zip(found[11:], found[12:], strict=False))
+    assert all(a >= b for a, b in pairwise(found[11:]))
     assert found[-1] < 1e-4
 
 

@@ -71,9 +71,7 @@ def write_results(
     return files
 
 
-def sample_page(
-    run: Run, dataset: Dataset, title: str = "", count: int = 16, bad_images: str | None = None
-) -> Any:
+def sample_page(run: Run, dataset: Dataset, title: str = "", count: int = 16, bad_images: str | None = None) -> Any:
     """Return a figure of a run's test predictions, right and wrong, with their scores.
 
     Raises ZooError where an image is gone or changed and the policy is `fail`.

@@ -248,7 +248,9 @@ def comparison_of(
     if dataset is None or dataset.split_digest != comparison.split_digest:
         return comparison
     images = {split: facts["images"] for split, facts in split_summary(dataset)["splits"].items()}
-    return replace(make_comparison(found, floors=dataset_floors(dataset), by=by), images=images)
+    # Runs that left bad images out are compared with floors that do.
+    policy = "skip" if any(run.record.bad_images == "skip" for run in found) else None
+    return replace(make_comparison(found, floors=dataset_floors(dataset, policy), by=by), images=images)
 
 
 def _dataset_of(run: Run, root: Home) -> Dataset | None:

@@ -264,6 +264,9 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
     below = [row["recipe"] for row in rows if row["beats_floors"] is False]
     if below:
         notes.append(f"not above every floor with its interval: {', '.join(below)}")
+    groups = min((row["test_groups"] for row in rows if row["test_groups"]), default=None)
+    if groups is not None and groups < 20:
+        notes.append(f"the test split has only {groups} groups: intervals and ties are rough, and rather too narrow")
     skipped = {row["recipe"]: row["images_skipped"] for row in rows if row["images_skipped"]}
     if skipped:
         notes.append(f"images left out as unreadable: {skipped}")

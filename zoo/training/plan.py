@@ -87,6 +87,7 @@ class Plan:
                 "recipe_digest": self.recipe_digest,
                 "seed": self.seed,
                 "split_digest": self.dataset.split_digest,
+                "bad_images": self.bad_images,
                 "classes": self.dataset.classes,
                 "negative_class": self.dataset.negative_class,
                 "model": self.spec.name,

@@ -95,6 +95,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a finished run on a split once, and return the metrics; a split scored before is not scored again.
 
+    bad_images: `fail` or `skip`; left out, what the run was trained with.
+
     Raises ZooError where the run did not finish or the dataset's split is no longer the one it was trained on.
     """
     run = find_run(run, root) if isinstance(run, str) else run
@@ -114,7 +116,7 @@ def evaluate(
     device = _device_of(record)
     # The number format is the run's own, so that what is scored is what was selected.
     plan = PrecisionPlan(record.precision.get("dtype", "float32"), channels_last=True)
-    pixels = open_pixels(dataset, split, record.preprocessing, bad_images, progress)
+    pixels = open_pixels(dataset, split, record.preprocessing, bad_images or record.bad_images, progress)
     score_split(run, record, load_model(run, root, device.type), pixels, split, plan, device)
     return run.metrics(split)
 
