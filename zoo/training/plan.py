@@ -90,7 +90,8 @@ class Plan:
                 "bad_images": self.bad_images,
                 "classes": self.dataset.classes,
                 "negative_class": self.dataset.negative_class,
-                "model": self.spec.name,
+                # A weights tag would promise what a network from scratch has not.
+                "model": self.spec.name if self.weights is not None else self.spec.arch,
                 "preprocessing": self.preprocessing,
                 "model_options": self.recipe.model.options,
                 "weights": weights,
