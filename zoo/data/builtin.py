@@ -38,7 +38,7 @@ def _options(name: str, given: dict[str, Any], known: dict[str, int]) -> dict[st
     for key in given:
         if key not in known:
             raise ZooError(
-                f"{name} has no option {one_line(key)!r}{nearest(key, known)} it knows {', '.join(known) or 'none'}"
+                f"{name} has no option {one_line(key)!r}{nearest(key, known) or ';'} it knows {', '.join(known) or 'none'}"
             )
     return {**known, **given}
 
