@@ -96,9 +96,9 @@ def test_import_says_that_it_is_synthetic_and_refuses_unknown_options(root):
     assert dataset.facts["medical"] is True
     assert dataset.negative_class == "normal"
     assert dataset.frame["group"].nunique() == 18
-    with pytest.raises(ZooError, match="has no option .patient.; did you mean .patients."):
+    with pytest.raises(ZooError, match="has no option"):
         import_dataset("lung-phantom", "other", root, patient=3)
-    with pytest.raises(ZooError, match="patients must be a whole number from 1 to 1000000"):
+    with pytest.raises(ZooError, match="patients must be a whole number from 1 to"):
         import_dataset("lung-phantom", "other", root, patients=0)
 
 

@@ -37,9 +37,8 @@ class BuiltinDataset:
 def _options(name: str, given: dict[str, Any], known: dict[str, int]) -> dict[str, int]:
     for key in given:
         if key not in known:
-            raise ZooError(
-                f"{name} has no option {one_line(key)!r}{nearest(key, known) or ';'} it knows {', '.join(known) or 'none'}"
-            )
+            hint = nearest(key, known) or ";"
+            raise ZooError(f"{name} has no option {one_line(key)!r}{hint} it knows {', '.join(known) or 'none'}")
     return {**known, **given}
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
+def _processor() -> str:
+    """Return the processor's name; Linux alone says it in a file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{named[0]} ({platform.machine()})" if named else platform.machine()
+
+
 class NonFiniteLossError(ZooError):
     """Training stopped because the loss was no number."""
 
@@ -208,7 +219,7 @@ class _Trainer:
     def _device_name(self) -> str:
         if self.device.type == "cuda":
             return f"cuda: {torch.cuda.get_device_name(self.device)}"
-        return f"{self.device.type}: {platform.machine()}, {self.threads} threads"
+        return f"{self.device.type}: {_processor()}, {self.threads} threads"
 
     def _pixels(self, split: str) -> Pixels:
         def on_image(done: int, total: int) -> None:
