@@ -109,8 +109,8 @@ def _shortened(heads: list[str], rows: list[list[str]], cut: set[str], width: in
     places = [place for place, head in enumerate(heads) if head in cut]
     if not places:
         return rows
-    kept = sum(max(len(row[place]) for row in [heads, *rows]) + 2 for place in range(len(heads)) if place not in places)
-    room = max(16, (width - kept) // len(places) - 2)
+    kept = sum(max(len(row[place]) for row in [heads, *rows]) + 3 for place in range(len(heads)) if place not in places)
+    room = max(16, (width - kept) // len(places) - 3)
     for row in rows:
         for place in places:
             row[place] = row[place] if len(row[place]) <= room else row[place][: room - 1] + "…"

@@ -84,7 +84,7 @@ class Predictor:
         with torch.inference_mode(), self.precision.autocast(self.device):
             images = normalise_tensor(torch.from_numpy(batch).to(self.device), self.preprocessing)
             logits = self.model(self.precision.place(images))
-        found: np.ndarray[Any, np.dtype[np.float64]] = torch.softmax(logits.double(), 1).cpu().numpy()
+        found: np.ndarray[Any, np.dtype[np.float64]] = torch.softmax(logits.cpu().double(), 1).numpy()
         return found
 
     def predict(self, paths: Iterable[str | os.PathLike[str]], batch_size: int = 32) -> list[Prediction]:
