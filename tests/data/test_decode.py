@@ -327,8 +327,8 @@ for row in json.loads((folder / "MANIFEST.json").read_text()):
         results[row["path"]] = list(decode((folder / row["path"]).read_bytes()).shape)
     except BadImage as error:
         results[row["path"]] = str(error)
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    print(json.dumps([results, int(peak.split()[1])]))
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(json.dumps([results, int(peak.split()[1])]))
 """
     done = subprocess.run(
         [sys.executable, "-c", program, str(assets / "badimages")],
