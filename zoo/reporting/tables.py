@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zoo.errors import ZooError, one_line
+from zoo.errors import ZooError, nearest, one_line
 from zoo.evaluation.predictions import Predictions, read_predictions
 from zoo.evaluation.statistics import paired_letters, top1_interval
 from zoo.runs import Run, RunRecord
@@ -223,8 +223,14 @@ def _mean(values: list[Any]) -> float | None:
 
 
 def _sorted(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+    by = f"test_{by}" if f"test_{by}" in rows[0] else by
     if any(by not in row for row in rows):
-        raise ZooError(f"a table can be sorted by one of {', '.join(key for key in rows[0])}. Got {one_line(by)!r}")
+        known = [key for key in rows[0] if not key.endswith(("_sd", "_ci", "_seeds", "_list"))]
+        shown = ", ".join(key for key in known if not key.startswith("val_"))
+        raise ZooError(
+            f"a table can be sorted by one of {shown}, or val_ in place of test_. "
+            f"Got {one_line(by)!r}{nearest(by, known)}"
+        )
     ascending = by.endswith(("log_loss", "brier", "ece", "train_s", "params", "recipe", "model"))
 
     def order(row: dict[str, Any]) -> tuple[bool, bool, Any, str]:
