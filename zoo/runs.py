@@ -53,6 +53,7 @@ class RunRecord(BaseModel):
     seed: int
     split_digest: str
     bad_images: str | None = None
+    network: str | None = None
     classes: list[str]
     negative_class: str | None = None
     model: str

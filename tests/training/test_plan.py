@@ -125,3 +125,33 @@ def test_failed_runs_are_listed_until_one_is_finished(trained):
         _ = found[0].record
     assert not found[0].finished
     assert found[0] not in runs_of(dataset, trained)
+
+
+def test_a_changed_own_network_is_another_run_and_old_weights_do_not_enter_it(tiny, make_recipe):
+    from torch import nn
+
+    from zoo.models.registry import register_model
+    from zoo.models.spec import own_models
+    from zoo.training.loop import train
+    from zoo.training.scoring import load_model
+
+    def net(act):
+        def build(num_classes: int) -> nn.Module:
+            return nn.Sequential(
+                nn.Conv2d(3, 4, 3), act(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)
+            )
+
+        return build
+
+    recipe = make_recipe(model__name="changing_net", drop_rate=0.0)
+    try:
+        register_model("changing_net", image_size=32)(net(nn.ReLU))
+        run = train(recipe, "tiny", 0, tiny)
+        assert load_model(run, tiny) is not None
+        own_models.pop("changing_net")
+        register_model("changing_net", image_size=32)(net(nn.Tanh))
+        assert make_plan(recipe, "tiny", 0, tiny).run.name != run.name
+        with pytest.raises(ZooError, match="is no longer the one that run"):
+            load_model(run, tiny)
+    finally:
+        own_models.pop("changing_net", None)

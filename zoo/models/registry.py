@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError, nearest, one_line
 from zoo.models import nets
+from zoo.models.fingerprint import network_digest
 from zoo.models.nets import classifier_of, classifiers_of, count_params
 from zoo.models.spec import (
     NOT_STATED,
@@ -387,3 +388,8 @@ def _create_own(
     if not hasattr(model, "num_classes"):
         model.num_classes = num_classes  # by which `classifier_of` knows its last layer
     return model
+
+
+def own_network_digest(spec: ModelSpec, model: nn.Module) -> str | None:
+    """Return what identifies a user's own network; None for one that its package's version identifies."""
+    return network_digest(model, own_models[spec.arch].build) if spec.origin == "own" else None

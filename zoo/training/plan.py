@@ -11,7 +11,15 @@ import torch
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.errors import ZooError, one_line
 from zoo.files import Home, check_writable, digest_of, home
-from zoo.models.registry import ModelSpec, classifier_of, classifiers_of, create_model, find_model, preprocessing_for
+from zoo.models.registry import (
+    ModelSpec,
+    classifier_of,
+    classifiers_of,
+    create_model,
+    find_model,
+    own_network_digest,
+    preprocessing_for,
+)
 from zoo.models.weights import WeightsFile, resolve_weights
 from zoo.recipe import Recipe, load_recipe
 from zoo.runs import Preprocessing, Run, RunRecord, find_run, list_runs, run_name
@@ -32,6 +40,7 @@ class Plan:
     recipe_digest: str
     digest: str
     bad_images: str | None
+    network: str | None = None
 
     @property
     def run(self) -> Run:
@@ -88,6 +97,7 @@ class Plan:
                 "seed": self.seed,
                 "split_digest": self.dataset.split_digest,
                 "bad_images": self.bad_images,
+                "network": self.network,
                 "classes": self.dataset.classes,
                 "negative_class": self.dataset.negative_class,
                 # A weights tag would promise what a network from scratch has not.
@@ -159,7 +169,7 @@ def make_plan(
         crop_pct=wanted.crop_pct or (inherited.crop_pct if inherited else None),
     )
     make_augment(recipe.policy, recipe.augment.transforms, preprocessing.image_size, seed)
-    _check_model(recipe, spec, preprocessing, len(dataset.classes))
+    network = _check_model(recipe, spec, preprocessing, len(dataset.classes))
     check_writable(root.runs)
     resolved: dict[str, Any] = {
         "recipe": recipe.digest,
@@ -168,6 +178,8 @@ def make_plan(
     }
     resolved["weights"] = weights.sha256 if weights else None
     resolved["augment"] = [recipe.policy, TRANSFORMS_VERSION]
+    if network is not None:
+        resolved["network"] = network
     if bad_images:
         resolved["bad_images"] = bad_images
     recipe_digest = digest_of(resolved)
@@ -183,6 +195,7 @@ def make_plan(
         recipe_digest=recipe_digest,
         digest=digest_of([recipe_digest, dataset.split_digest, seed]),
         bad_images=bad_images,
+        network=network,
     )
 
 
@@ -221,8 +234,8 @@ def _weights(
     return resolve_weights(spec, str(run.weights_file), root, offline), "run", record
 
 
-def _check_model(recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, classes: int) -> None:
-    """Build the network without memory and see that the strategy can be followed."""
+def _check_model(recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, classes: int) -> str | None:
+    """Build the network without memory, see that the strategy can be followed; return an own one's identity."""
     with torch.device("meta"):
         model = build_model(recipe, spec, preprocessing, classes)
     if recipe.finetune.strategy != "full":
@@ -233,6 +246,7 @@ def _check_model(recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, 
             f"model {spec.name!r} does not say which layer comes first (it has no group_matcher); set "
             "finetune.layer_decay = 1.0 and a strategy other than gradual"
         )
+    return own_network_digest(spec, model)
 
 
 def failed_record(recipe: Recipe | str, dataset: Dataset, seed: int, reason: str) -> RunRecord:

@@ -15,7 +15,7 @@ from zoo.errors import ZooError, one_line
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
 from zoo.files import Home, home, write_json
-from zoo.models.registry import create_model, find_model
+from zoo.models.registry import create_model, find_model, own_network_digest
 from zoo.runs import SPLITS, Run, RunRecord, find_run
 from zoo.training.features import forward_pixels
 from zoo.training.precision import PrecisionPlan, choose_device, set_threads
@@ -30,12 +30,18 @@ def load_model(run: Run | str, root: Home | None = None, device: str = "cpu") ->
     run = find_run(run, root) if isinstance(run, str) else run
     record = finished_record(run)
     assert record.preprocessing is not None
+    spec = find_model(record.model)
     model = create_model(
-        find_model(record.model),
+        spec,
         len(record.classes),
         image_size=record.preprocessing.image_size,
         options=dict(record.model_options),
     )
+    if record.network is not None and own_network_digest(spec, model) != record.network:
+        raise ZooError(
+            f"the network registered as {record.model!r} is no longer the one that run {run.name!r} trained; register "
+            "that code again, or train anew"
+        )
     try:
         state = load_file(run.weights_file)
     except (OSError, SafetensorError) as error:
