@@ -197,7 +197,8 @@ def test_a_head_whose_loss_is_no_number_says_so(tiny, make_recipe):
         train(recipe, "tiny", 0, tiny)
 
 
-def test_a_network_that_breaks_is_a_failed_run(tiny, make_recipe):
+@pytest.mark.parametrize("kind", [RuntimeError, IndexError, AssertionError, MemoryError])
+def test_a_network_that_breaks_is_a_failed_run_with_its_traceback_kept(tiny, make_recipe, kind):
     from torch import nn
 
     from zoo.models.registry import register_model
@@ -210,16 +211,18 @@ def test_a_network_that_breaks_is_a_failed_run(tiny, make_recipe):
 
         def forward(self, images):
             if images.device.type != "meta" and self.training:
-                raise RuntimeError("out of\nluck")
+                raise kind("out of\nluck")
             return self.head(images.mean((2, 3)))
 
     register_model("breaking_net")(Breaks)
     try:
-        with pytest.raises(ZooError, match=r"failed: RuntimeError: out of luck$"):
+        with pytest.raises(ZooError, match=rf"failed: {kind.__name__}: out of luck; the traceback is in '.*'$"):
             train(make_recipe(model__name="breaking_net"), "tiny", 0, tiny)
     finally:
         del own_models["breaking_net"]
-    assert list_runs(tiny)[0].record.reason == "RuntimeError: out of luck"
+    run = list_runs(tiny)[0]
+    assert run.record.reason == f"{kind.__name__}: out of luck"
+    assert "in forward" in (run.path / "traceback.txt").read_text(encoding="utf-8")
 
 
 def test_patience_stops_a_run_early(tiny, make_recipe):
@@ -309,3 +312,12 @@ def test_two_classes_and_one_image_a_batch(root, make_recipe, image_folder):
     run = train(make_recipe(batch_size=1000, epochs=1), "one", 0, root)
     assert run.record.epochs == 1
     assert find_run(run.name, root) == run
+
+
+def test_a_metric_that_val_cannot_define_keeps_the_first_epoch_only_until_one_is_defined(
+    tiny, make_recipe, monkeypatch
+):
+    values = iter([float("nan"), 0.4, float("nan")])
+    monkeypatch.setattr("zoo.training.loop.selection_score", lambda *_: next(values))
+    run = train(make_recipe("undefined", epochs=3), "tiny", 0, tiny)
+    assert run.record.best_epoch == 2

@@ -78,14 +78,8 @@ def import_dataset(
     if bad_images not in BAD_IMAGES:
         raise ZooError(f"bad_images must be fail or skip. Got {one_line(repr(bad_images))}")
     with _stage(root, name) as stage:
-        found = _find(
-            source,
-            folder,
-            root,
-            stage,
-            columns=(path_column, label_column, group_column),
-            options=builtin_options,
-        )
+        columns = (path_column, label_column, group_column)
+        found = _find(source, folder, root, stage, columns=columns, options=builtin_options)
         grouping.apply(found)
         check_classes(found.labels)
         classes = _class_order(set(found.labels))
@@ -107,9 +101,12 @@ def import_dataset(
             "left_out": found.left_out,
             "skipped": skipped,
         }
-        kept_record = {key: value for key, value in record.items() if value not in (None, {})}
-        _write(folder, rows, kept_record, stage, overwrite)
+        _write(folder, rows, _filled(record), stage, overwrite)
     return load_dataset(name, root)
+
+
+def _filled(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if value not in (None, {})}
 
 
 def resplit_dataset(

@@ -75,6 +75,7 @@ def split_features(
             split,
             pixels.skipped,
             plan.spec.name,
+            plan.network,
             plan.recipe.model.options,
             plan.weights.sha256 if plan.weights else None,
             plan.preprocessing.model_dump(),
@@ -143,3 +144,11 @@ class StandardisedHead(nn.Module):
             state["weight"] = state["weight"] / self.scale
             state["bias"] = state["bias"] - state["weight"] @ self.mean
         return state
+
+
+def load_grown(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load a state dict, giving a bias to a classifier that had none before its features were centred."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.bias is None and f"{name}.bias" in state:
+            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
+    model.load_state_dict(state)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-import platform
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from torch import nn
 from zoo.data.cache import Pixels, open_pixels
 from zoo.data.loader import TrainBatches, epoch_order
 from zoo.data.manifest import Dataset
-from zoo.data.transforms import make_augment, normalise_tensor
+from zoo.data.transforms import make_augment
 from zoo.errors import Interrupted, ZooError, one_line
 from zoo.evaluation.metrics import METRIC_SIGN, selection_score
 from zoo.files import Home, to_json, write_text
@@ -28,6 +26,7 @@ from zoo.recipe import Recipe
 from zoo.runs import Run, run_lock
 from zoo.training import features as feature_cache
 from zoo.training.checkpoint import Progress, load_checkpoint, remove_checkpoints, save_checkpoint, save_tensors
+from zoo.training.environment import device_name, versions
 from zoo.training.plan import Plan, finished_run, make_plan
 from zoo.training.precision import (
     PrecisionPlan,
@@ -37,6 +36,7 @@ from zoo.training.precision import (
     set_threads,
 )
 from zoo.training.scoring import score_split
+from zoo.training.step import FINITE_FIX, EpochTrainer, NonFiniteLossError, make_ema, step_seed
 from zoo.training.strategy import (
     DEFAULT_HEAD_LR,
     Phase,
@@ -64,7 +64,6 @@ class Tick:
 
 
 OnTick = Callable[[Tick], None]
-_FINITE_FIX = "lower optimizer.lr, or set finetune.clip_grad = 1.0"
 
 
 def train(
@@ -97,7 +96,8 @@ def train_plan(plan: Plan, on_tick: OnTick | None = None) -> Run:
         if done is not None:
             return done
         # What a failed run has saved is good: it goes on from there once the cause is mended.
-        (plan.run.path / "run.json").unlink(missing_ok=True)
+        for name in ("run.json", "traceback.txt"):
+            (plan.run.path / name).unlink(missing_ok=True)
         try:
             return _Trainer(plan, on_tick or (lambda _: None)).run()
         except KeyboardInterrupt as stop:
@@ -108,37 +108,21 @@ def train_plan(plan: Plan, on_tick: OnTick | None = None) -> Run:
         except ZooError as error:
             _record_failure(plan, str(error))
             raise
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            # A network that breaks inside torch must not take the benchmark down, nor lose its traceback.
-            _record_failure(plan, f"{type(error).__name__}: {one_line(error, 200)}")
-            raise ZooError(f"run {plan.run.name!r} failed: {type(error).__name__}: {one_line(error)}") from error
+        except Exception as error:
+            # A network may break in any way; that must not take the benchmark down, nor lose the traceback.
+            said = f"{type(error).__name__}: {one_line(error, 200)}"
+            _record_failure(plan, said, traceback.format_exc())
+            file = plan.run.path / "traceback.txt"
+            raise ZooError(f"run {plan.run.name!r} failed: {said}; the traceback is in {str(file)!r}") from error
 
 
-def _record_failure(plan: Plan, reason: str) -> None:
+def _record_failure(plan: Plan, reason: str, trace: str = "") -> None:
     try:
+        if trace:
+            write_text(plan.run.path / "traceback.txt", trace)
         plan.run.write_record(plan.record("failed", reason))
     except ZooError:
         return  # the disk is full: the error itself says so
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    names = ("torch", "timm", "torchvision", "albumentations", "numpy", "pillow", "scikit-learn", "zoo")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _processor() -> str:
-    """Return the processor's name; Linux alone says it in a file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{named[0]} ({platform.machine()})" if named else platform.machine()
-
-
-class NonFiniteLossError(ZooError):
-    """Training stopped because the loss was no number."""
 
 
 class _Trainer:
@@ -171,7 +155,7 @@ class _Trainer:
         checkpoint = load_checkpoint(self.plan.run.path / "checkpoint", self.plan.digest)
         if checkpoint is not None:
             self.progress = checkpoint.progress
-            _load_grown(model, checkpoint.part("model"))
+            feature_cache.load_grown(model, checkpoint.part("model"))
             self.best = checkpoint.part("best")
         for phase in phases(self.recipe):
             if phase.name == "head" and self.progress.epoch < phase.first_epoch + phase.epochs - 1:
@@ -200,7 +184,7 @@ class _Trainer:
                 for split, pixels in (("train", self.train_pixels), ("val", self.val_pixels))
                 if pixels.skipped
             },
-            device=self._device_name(),
+            device=device_name(self.device),
             precision=self.precision.facts(),
             threads=self.threads,
             versions=versions(),
@@ -215,11 +199,6 @@ class _Trainer:
         if self.recipe.finetune.strategy == "linear-probe":
             return list(classifier_of(model)[1].parameters())
         return list(model.parameters())
-
-    def _device_name(self) -> str:
-        if self.device.type == "cuda":
-            return f"cuda: {torch.cuda.get_device_name(self.device)}"
-        return f"{self.device.type}: {_processor()}, {self.threads} threads"
 
     def _pixels(self, split: str) -> Pixels:
         def on_image(done: int, total: int) -> None:
@@ -268,7 +247,7 @@ class _Trainer:
             self.on_tick(self._tick("head", 1, 1, row))
             if self._stopped_early:
                 break
-        _load_grown(model, self.best)
+        feature_cache.load_grown(model, self.best)
         self.progress.train_s += time.perf_counter() - started + charged
         self.progress.epoch = phase.first_epoch + phase.epochs - 1
         if self.recipe.finetune.strategy != "linear-probe":
@@ -284,7 +263,7 @@ class _Trainer:
         batch_size: int,
     ) -> dict[str, Any]:
         criterion = self.criterion.cpu()
-        torch.manual_seed(_step_seed(self.plan.seed, epoch, 0))
+        torch.manual_seed(step_seed(self.plan.seed, epoch, 0))
         loss_sum, right, count = 0.0, 0, 0
         head.train()
         for places in epoch_order(len(train.values), batch_size, self.plan.seed, epoch):
@@ -321,7 +300,7 @@ class _Trainer:
         set_trained(model, None)
         optimizer = make_optimizer(model, recipe)
         scheduler = make_scheduler(optimizer, recipe, phase.epochs, len(batches))
-        ema = _make_ema(model, finetune.ema_decay)
+        ema = make_ema(model, finetune.ema_decay)
         resumed = checkpoint is not None and self.progress.epoch >= phase.first_epoch
         if resumed:
             checkpoint.restore_optimizer(optimizer)
@@ -330,11 +309,22 @@ class _Trainer:
                 ema.module.load_state_dict(checkpoint.part("ema"))
         else:
             self.progress.updates = 0
-        step = _Step(self, model, optimizer, scheduler, ema, _make_mixup(recipe, len(self.plan.dataset.classes)))
+        trainer = EpochTrainer(
+            self.plan,
+            self.device,
+            self.precision,
+            self.criterion,
+            self.progress,
+            model,
+            optimizer,
+            scheduler,
+            ema,
+            lambda done, total, row: self.on_tick(self._tick("network", done, total, row)),
+        )
         for epoch in range(max(phase.first_epoch, self.progress.epoch + 1), phase.first_epoch + phase.epochs):
             started = time.perf_counter()
             set_trained(model, trained_names(model, recipe, phase, epoch))
-            row = step.epoch(batches, epoch)
+            row = trainer.epoch(batches, epoch)
             scored = ema.module if ema is not None else model
             _, logits = feature_cache.forward_pixels(
                 scored, self.val_pixels, self.plan.preprocessing, self.precision, self.device
@@ -364,7 +354,7 @@ class _Trainer:
         loss = float(self.criterion.cpu()(logits, labels))
         self.criterion.to(self.device)
         if not math.isfinite(loss) or not bool(torch.isfinite(logits).all()):
-            raise NonFiniteLossError(f"the val loss was not finite after epoch {row['epoch']}; {_FINITE_FIX}")
+            raise NonFiniteLossError(f"the val loss was not finite after epoch {row['epoch']}; {FINITE_FIX}")
         metric = self.recipe.finetune.metric
         value = selection_score(metric, logits.numpy(), labels.numpy())
         row |= {
@@ -376,8 +366,12 @@ class _Trainer:
         progress.epoch = row["epoch"]
         progress.history.append(row)
         sign = METRIC_SIGN.get(metric, 1)
-        if progress.best_value is None or sign * value > sign * progress.best_value:
-            progress.best_value, progress.best_epoch, progress.stale_epochs = value, row["epoch"], 0
+        # A metric that val cannot define (AUROC of one class) is no best; the first epoch stands in for it.
+        best = progress.best_value
+        first = progress.best_epoch == 0
+        if first or (math.isfinite(value) and (best is None or sign * value > sign * best)):
+            progress.best_value = value if math.isfinite(value) else None
+            progress.best_epoch, progress.stale_epochs = row["epoch"], 0
             self.best = weights()
         else:
             progress.stale_epochs += 1
@@ -406,91 +400,6 @@ class _Trainer:
         )
 
 
-class _Step:
-    """Forward, backward and update over the batches of an epoch."""
-
-    def __init__(
-        self,
-        trainer: _Trainer,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        ema: Any,
-        mixup: Any,
-    ) -> None:
-        self.trainer, self.model, self.optimizer = trainer, model, optimizer
-        self.scheduler, self.ema, self.mixup = scheduler, ema, mixup
-        # A GPU waits for each number that is asked of it; a CPU does not.
-        self.check_every = 1 if trainer.device.type == "cpu" else 20
-
-    def epoch(self, batches: TrainBatches, epoch: int) -> dict[str, Any]:
-        """Train one epoch; return its row of the history."""
-        losses: list[tuple[torch.Tensor, int]] = []
-        right = torch.zeros((), dtype=torch.int64, device=self.trainer.device)
-        count, loss_sum, checked, started = 0, 0.0, 0, time.perf_counter()
-        for number, (images, labels, _) in enumerate(batches.epoch(epoch), 1):
-            loss, hits = self._step(images, labels, epoch, number)
-            losses.append((loss, len(labels)))
-            right += hits
-            count += len(labels)
-            if number % self.check_every == 0 or number == len(batches):
-                for each, size in losses:
-                    checked += 1
-                    self._refuse_non_finite(float(each), epoch, checked)
-                    loss_sum += float(each) * size
-                losses.clear()
-                rate = count / (time.perf_counter() - started)
-                row = {"epoch": epoch, "train_loss": loss_sum / count, "images_per_s": rate}
-                self.trainer.on_tick(self.trainer._tick("network", number, len(batches), row))
-        seconds = time.perf_counter() - started
-        self.trainer.progress.step_s += seconds
-        self.trainer.progress.images_seen += count
-        return {
-            "epoch": epoch,
-            "phase": "network",
-            "lr": max(group["lr"] for group in self.optimizer.param_groups),
-            "train_loss": loss_sum / count,
-            "train_top1": float(right) / count,
-            "images_per_s": round(count / seconds, 2),
-        }
-
-    def _step(
-        self, images: torch.Tensor, labels: torch.Tensor, epoch: int, number: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        trainer = self.trainer
-        # Dropout, drop-path and mixing follow from (seed, epoch, step) alone: no random state to keep.
-        seed = _step_seed(trainer.plan.seed, epoch, number)
-        torch.manual_seed(seed)
-        labels = labels.to(trainer.device, non_blocking=True)
-        batch = normalise_tensor(images.to(trainer.device, non_blocking=True), trainer.plan.preprocessing)
-        target = labels
-        if self.mixup is not None and len(labels) % 2 == 0:  # timm mixes a batch with its own reverse
-            np.random.seed(seed % 2**32)
-            batch, target = self.mixup(batch, labels)
-        with trainer.precision.autocast(trainer.device):
-            logits = self.model(trainer.precision.place(batch))
-            loss = trainer.criterion(logits.float(), target)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if trainer.recipe.finetune.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), trainer.recipe.finetune.clip_grad)
-        self.optimizer.step()
-        trainer.progress.updates += 1
-        self.scheduler.step_update(trainer.progress.updates)
-        if self.ema is not None:
-            self.ema.update(self.model, step=trainer.progress.updates)
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
-
-    @staticmethod
-    def _refuse_non_finite(loss: float, epoch: int, step: int) -> None:
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(f"the loss was not finite in epoch {epoch}, step {step}; {_FINITE_FIX}")
-
-
-def _step_seed(seed: int, epoch: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
 
@@ -503,30 +412,3 @@ def _plain_head(classifier: nn.Module) -> nn.Module:
     import copy
 
     return copy.deepcopy(classifier).cpu().float()
-
-
-def _load_grown(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Load a state dict, adding the bias that scaling brings to a classifier that had none."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.bias is None and f"{name}.bias" in state:
-            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
-    model.load_state_dict(state)
-
-
-def _make_ema(model: nn.Module, decay: float | None) -> Any:
-    if decay is None:
-        return None
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(model, decay=decay, use_warmup=True)
-
-
-def _make_mixup(recipe: Recipe, classes: int) -> Any:
-    if not recipe.augment.mixup and not recipe.augment.cutmix:
-        return None
-    from timm.data import Mixup
-
-    # The criterion smooths labels itself, so that mixed and unmixed batches are treated alike.
-    return Mixup(
-        mixup_alpha=recipe.augment.mixup, cutmix_alpha=recipe.augment.cutmix, label_smoothing=0.0, num_classes=classes
-    )

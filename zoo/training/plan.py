@@ -157,19 +157,11 @@ def make_plan(
     dataset = load_dataset(data, root) if isinstance(data, str) else data
     choose_plan(recipe.precision, choose_device(recipe.device))
     spec = find_model(recipe.model.name)
-    wanted = recipe.model
     weights, weights_from, source_run = _weights(recipe, spec, dataset, root, offline)
-    inherited = source_run.preprocessing if source_run else None
-    preprocessing = preprocessing_for(
-        spec,
-        image_size=wanted.image_size or (inherited.image_size if inherited else None),
-        mean=wanted.mean or (inherited.mean if inherited else None),
-        std=wanted.std or (inherited.std if inherited else None),
-        interpolation=wanted.interpolation or (inherited.interpolation if inherited else None),
-        crop_pct=wanted.crop_pct or (inherited.crop_pct if inherited else None),
-    )
+    preprocessing = _preprocessing(recipe, spec, source_run)
     make_augment(recipe.policy, recipe.augment.transforms, preprocessing.image_size, seed)
     network = _check_model(recipe, spec, preprocessing, len(dataset.classes))
+    _refuse_changed_network(source_run, network, len(dataset.classes))
     check_writable(root.runs)
     resolved: dict[str, Any] = {
         "recipe": recipe.digest,
@@ -232,6 +224,25 @@ def _weights(
             "split's test; train it on this split first"
         )
     return resolve_weights(spec, str(run.weights_file), root, offline), "run", record
+
+
+def _preprocessing(recipe: Recipe, spec: ModelSpec, source_run: RunRecord | None) -> Preprocessing:
+    """Return what the recipe says, else what the run to go on from used, else what the network's row says."""
+    keys = ("image_size", "mean", "std", "interpolation", "crop_pct")
+    inherited = source_run.preprocessing if source_run else None
+    chosen = {key: getattr(recipe.model, key) or getattr(inherited, key, None) for key in keys}
+    return preprocessing_for(spec, **chosen)
+
+
+def _refuse_changed_network(source_run: RunRecord | None, network: str | None, classes: int) -> None:
+    """Refuse to go on from a run of an own network whose code has changed; another head is no such change."""
+    if source_run is None or source_run.network is None or len(source_run.classes) != classes:
+        return
+    if source_run.network != network:
+        raise ZooError(
+            f"the network registered as {source_run.model!r} is no longer the one that run {source_run.run!r} "
+            "trained; register that code again, or train anew"
+        )
 
 
 def _check_model(recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, classes: int) -> str | None:

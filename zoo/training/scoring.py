@@ -17,7 +17,7 @@ from zoo.evaluation.predictions import Predictions, read_predictions, write_pred
 from zoo.files import Home, home, write_json
 from zoo.models.registry import create_model, find_model, own_network_digest
 from zoo.runs import SPLITS, Run, RunRecord, find_run
-from zoo.training.features import forward_pixels
+from zoo.training.features import forward_pixels, load_grown
 from zoo.training.precision import PrecisionPlan, choose_device, set_threads
 
 
@@ -46,21 +46,13 @@ def load_model(run: Run | str, root: Home | None = None, device: str = "cpu") ->
         state = load_file(run.weights_file)
     except (OSError, SafetensorError) as error:
         raise ZooError(f"the weights of run {run.name!r} cannot be read: {one_line(error)}; train it again") from error
-    _grow_bias(model, state)
     try:
-        model.load_state_dict(state)
+        load_grown(model, state)
     except RuntimeError as error:
         raise ZooError(
             f"the weights of run {run.name!r} do not fit {record.model!r}: {one_line(error, 200)}; train it again"
         ) from error
     return model.eval().to(choose_device(device)).to(memory_format=torch.channels_last)
-
-
-def _grow_bias(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Give a bias to a linear layer that had none before the head was trained on standardised features."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.bias is None and f"{name}.bias" in state:
-            module.bias = nn.Parameter(torch.zeros(module.out_features))
 
 
 def finished_record(run: Run) -> RunRecord:
