@@ -53,6 +53,20 @@ def _enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
 
 
 @pytest.fixture
+def full_disk(tmp_path: Path):
+    """Mount a disk of 1 MiB, empty; the test is skipped where mounting is not allowed."""
+    import subprocess
+
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    if os.name != "posix" or os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this container cannot mount")
+    yield small
+    subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """An empty home folder that this test works in."""
     folder = tmp_path / "home"

@@ -21,6 +21,7 @@ import tomli_w
 from zoo.errors import ZooError, nearest, one_line
 
 SCHEMA_VERSION = 1
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})  # a disk that takes no more
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
 
 

@@ -553,3 +553,9 @@ def test_flowers(root, assets):
     assert dataset.negative_class is None
     assert dataset.facts["counts"]["pixel_copies"] == 6
     assert verify_files(dataset, ["val"]) == []
+
+
+def test_a_disk_that_is_full_is_said_and_nothing_stays(full_disk):
+    with pytest.raises(ZooError, match=r"cannot write .*No space left on device; free space on that disk"):
+        import_dataset("digits", "digits", Home(full_disk))
+    assert list((full_disk / "data").iterdir()) == []

@@ -27,7 +27,7 @@ from zoo.data.manifest import (
 from zoo.data.rows import Grouping, check_classes, split_rows
 from zoo.data.split import DEFAULT_RATIOS, check_ratios, check_seed
 from zoo.errors import ZooError, nearest, one_line
-from zoo.files import Home, check_name, home, read_toml, sha256_bytes, write_error
+from zoo.files import FULL, Home, check_name, home, read_toml, sha256_bytes, write_error
 from zoo.runs import SPLITS
 
 MAX_FILE_BYTES = 1 << 30
@@ -169,7 +169,7 @@ def describe_import(dataset: Dataset) -> list[str]:
     if copies := counts.get("pixel_copies"):
         said.append(f"{copies} images have the same pixels as another image; such images share a group")
     if copies := counts.get("copies_across_splits"):
-        said.append(f"{copies} pictures stand in more than one shipped split; `zoo data audit` names them")
+        said.append(f"{copies} pictures stand in more than one shipped split, so test scores are too good")
     if torn := counts.get("groups_across_splits"):
         said.append(f"{torn} groups stand in more than one shipped split")
     return said
@@ -189,6 +189,10 @@ def _stage(root: Home, name: str) -> Iterator[Path]:
     try:
         with FileLock(root.locks / f"dataset-{name}.lock"):
             yield stage
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise write_error(Path(error.filename or root.data), error) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
