@@ -42,6 +42,7 @@ class ModelTable(_Table):
     std: PositiveTriple | None = None
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    window: Annotated[str, Field(min_length=1)] | None = None
     options: dict[str, str | int | float | bool] = {}
 
 

@@ -21,7 +21,9 @@ class Preprocessing(BaseModel):
     """What turns a decoded image into a network's input; it travels with the weights.
 
     image_size: pixels of the square input. crop_pct: part of the resized image that the centre crop keeps,
-    in (0, 1]. interpolation: `bilinear`, `bicubic` or `lanczos`. mean, std: of RGB in [0, 1].
+    in (0, 1]. interpolation: `bilinear`, `bicubic` or `lanczos`. mean, std: of RGB in [0, 1]. window: how values
+    of more than 8 bits become grey (`lung`, `-600/1500`, or three with commas); rescale_slope, rescale_intercept:
+    what turns stored values into those of the window, where the file itself does not say.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,6 +33,16 @@ class Preprocessing(BaseModel):
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    window: str | None = None
+    rescale_slope: float = 1.0
+    rescale_intercept: float = 0.0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return what tells two preprocessings apart; what was added since with a default is left out."""
+        facts = self.model_dump()
+        defaults = {"window": None, "rescale_slope": 1.0, "rescale_intercept": 0.0}
+        return {key: value for key, value in facts.items() if key not in defaults or value != defaults[key]}
 
     @property
     def resize_size(self) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from zoo.benchmark.suite import bench, compare, comparison_of, list_benchmarks, load_benchmark, score_missing
 from zoo.data.manifest import load_dataset
-from zoo.data.sources import resplit_dataset
+from zoo.data.resplit import resplit_dataset
 from zoo.errors import Interrupted, ZooError
 from zoo.files import write_toml
 from zoo.recipe import list_recipes

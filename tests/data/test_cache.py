@@ -25,7 +25,7 @@ def first_file(dataset, split="val", place=0):
 
 
 def files(dataset):
-    return sorted((dataset.folder / ".cache").iterdir())
+    return sorted((dataset.folder / ".cache").glob("pixels-*"))
 
 
 def test_pixels_are_the_decoded_and_resized_images_in_manifest_order(dataset):
@@ -143,7 +143,7 @@ def test_an_index_that_was_changed_is_made_again(dataset):
 
 
 def test_another_split_of_the_data_has_a_cache_of_its_own(dataset, tiny):
-    from zoo.data.sources import resplit_dataset
+    from zoo.data.resplit import resplit_dataset
 
     open_pixels(dataset, "val", HERE)
     other = resplit_dataset("tiny", tiny, seed=9)

@@ -157,11 +157,11 @@ def test_a_class_may_be_called_train(tmp_path):
 
 
 def test_classes_that_differ_between_splits_are_listed(tmp_path):
-    touch(tmp_path, "train/normal/1.png", "train/adeno_left/1.png", "test/normal/1.png", "test/adeno/1.png")
+    touch(tmp_path, "train/normal/1.png", "train/adeno left/1.png", "test/normal/1.png", "test/benign/1.png")
     with pytest.raises(ZooError) as caught:
         find_in_folder(tmp_path, {})
-    assert "test has 'adeno' that train has not" in str(caught.value)
-    assert "test lacks 'adeno_left'" in str(caught.value)
+    assert "test has 'benign' that train has not" in str(caught.value)
+    assert "test lacks 'adeno left'" in str(caught.value)
 
 
 def test_two_folders_of_one_split_and_an_empty_class_of_a_split_are_refused(tmp_path):

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from zoo.data.manifest import list_datasets, load_dataset, split_summary, verify_files
-from zoo.data.sources import builtin_names, describe_import, import_dataset, resplit_dataset
+from zoo.data.resplit import resplit_dataset
+from zoo.data.sources import builtin_names, describe_import, import_dataset
 from zoo.errors import ZooError
 from zoo.files import Home, sha256_bytes
 from zoo.runs import SPLITS
@@ -65,7 +66,7 @@ def test_a_folder_is_imported_where_it_lies(root, source):
     assert row["sha256"] == sha256_bytes((source / row["path"]).read_bytes())
     assert verify_files(dataset) == []
     assert [each.name for each in root.data.iterdir()] == ["mine"]
-    assert sorted(each.name for each in dataset.folder.iterdir()) == ["dataset.toml", "manifest.csv"]
+    assert sorted(each.name for each in dataset.folder.iterdir()) == [".cache", "dataset.toml", "manifest.csv"]
 
 
 def test_the_same_import_twice_gives_the_same_bytes_also_in_another_process(root, source):
@@ -385,7 +386,7 @@ def test_shipped_splits_are_drawn_again_by_force_alone(root, tmp_path):
     dataset = import_dataset(make_splits(tmp_path, "train", "val", "test"), "mine", root)
     before = files_of(root)
     assert resplit_dataset("mine", root).split_digest == dataset.split_digest
-    with pytest.raises(ZooError, match="the splits of 'mine' were shipped with the data and are kept; --force"):
+    with pytest.raises(ZooError, match="the splits of 'mine' were shipped with the data and are kept; --repair drops"):
         resplit_dataset("mine", root, seed=1)
     assert files_of(root) == before
     forced = resplit_dataset("mine", root, force=True)
@@ -402,10 +403,9 @@ def test_shipped_splits_are_drawn_again_by_force_alone(root, tmp_path):
         ({"group_blocks": 0}, "group blocks must be a whole number of 1 or more"),
         ({"group_regex": "["}, "is no valid regular expression"),
         ({"group_regex": "x(y)"}, "finds no group in 'Benign cases/case"),
-        (
-            {"group_regex": "x", "group_blocks": 2},
-            "at most one way of grouping. Got group_regex and group_blocks",
-        ),
+        ({"window": "lungs"}, "window must be lung, mediastinum, bone or CENTRE/WIDTH.*did you mean 'lung'"),
+        ({"rescale": "0,5"}, "rescale must be SLOPE,INTERCEPT"),
+        ({"from_": "x"}, "--from goes with a public data set"),
         ({"group_column": "patient"}, "group_column is for a CSV"),
         (
             {"negative_class": "normal cases"},

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from zoo.data.cache import open_pixels
 from zoo.data.manifest import load_dataset
-from zoo.data.sources import import_dataset, resplit_dataset
+from zoo.data.resplit import resplit_dataset
+from zoo.data.sources import import_dataset
 from zoo.errors import Interrupted, ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions, read_predictions

@@ -100,7 +100,8 @@ def split(
 ) -> None:
     """Split again; without options, by the recorded settings, which gives the same bytes."""
     from zoo.data.manifest import load_dataset
-    from zoo.data.sources import describe_import, resplit_dataset
+    from zoo.data.resplit import resplit_dataset
+    from zoo.data.sources import describe_import
 
     load_dataset(name)
     dataset = resplit_dataset(

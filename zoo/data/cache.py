@@ -15,11 +15,12 @@ import numpy as np
 
 from zoo.data.decode import BadImage, decode, resize
 from zoo.data.manifest import Dataset
+from zoo.data.window import windowing_of
 from zoo.errors import ZooError, one_line
 from zoo.files import atomic_writer, digest_of, sha256_bytes, sha256_file
 from zoo.runs import Preprocessing
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 ImageProgress = Callable[[int, int], None]
 
 
@@ -78,7 +79,15 @@ def open_pixels(
     rows = dataset.of_split(split)
     policy = bad_images or dataset.bad_images
     key = digest_of(
-        [CACHE_VERSION, dataset.split_digest, split, preprocessing.resize_size, preprocessing.interpolation, policy]
+        [
+            CACHE_VERSION,
+            dataset.split_digest,
+            split,
+            preprocessing.resize_size,
+            preprocessing.interpolation,
+            policy,
+            [preprocessing.window, preprocessing.rescale_slope, preprocessing.rescale_intercept],
+        ]
     )
     stem = f"pixels-{split}-{preprocessing.resize_size}-{preprocessing.interpolation}-{key[:12]}"
     index_file = dataset.folder / ".cache" / f"{stem}.npz"
@@ -157,7 +166,8 @@ def _read_image(
         data = path.read_bytes()
         if sha256_bytes(data) != digest:
             return None, "changed since the import", stat
-        return resize(decode(data), preprocessing.resize_size, preprocessing.interpolation), "", stat
+        pixels = decode(data, windowing_of(preprocessing))
+        return resize(pixels, preprocessing.resize_size, preprocessing.interpolation), "", stat
     except FileNotFoundError:
         return None, "gone", stat
     except OSError as error:

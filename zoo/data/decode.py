@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,15 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from zoo.data.dicom import DicomFault, dicom_pixels, is_dicom
+from zoo.data.window import PLAIN, Windowing
 from zoo.errors import ZooError, one_line
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 4
-FORMATS = "PNG, JPEG, BMP, TIFF, WEBP, GIF, PPM"
+FORMATS = "PNG, JPEG, BMP, TIFF, WEBP, GIF, PPM, DICOM"
 
 # A file's first bytes name its reader; Pillow's own search would also try formats that run other programs.
 _READERS: tuple[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
@@ -60,34 +63,105 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class BadImage(ZooError):
-    """An image that cannot be used; the message is the reason in a few words, without the file's name."""
+    """An image that cannot be used; the message is the reason in a few words, without the file's name.
+
+    no_image: whether it was never to be one, as a DICOM of a report.
+    """
+
+    no_image = False
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
+@dataclass(frozen=True)
+class Header:
+    """What a file's header says of its image: stored size in pixels, before any turning.
+
+    mode: Pillow's name, such as `L`, `RGB`, `P`, `CMYK`, `I;16`. orientation: EXIF's 1 to 8.
+    """
+
+    format: str
+    mode: str
+    width: int
+    height: int
+    animated: bool
+    orientation: int
+    opaque: bool
+
+
+def decode(data: bytes, windowing: Windowing = PLAIN, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Return an encoded image as uint8 RGB pixels of shape (height, width, 3).
 
     The same bytes give the same pixels for every caller. EXIF orientation is applied; of an animation the
     first frame counts; transparency is laid over white, and an alpha channel that is opaque changes nothing.
-    Grey of 16 bits, or of 32-bit integers within 0 to 65535, is scaled linearly from [0, 65535] to [0, 255];
+    Grey of more than 8 bits goes through the window that `windowing` names, as a DICOM's does (`dicom_pixels`).
+    Without one, 16 bits, or 32-bit integers within 0 to 65535, are scaled linearly from [0, 65535] to [0, 255];
     nothing is stretched or clipped. The header's size is checked before any pixel is decoded.
 
-    Raises BadImage, and nothing else, for whatever is no whole image of PNG, JPEG, BMP, TIFF, WEBP, GIF or
-    PPM, or has more than `max_pixels` pixels, floating-point pixels, or 32-bit values above 65535.
+    Raises BadImage, and nothing else, for whatever is no whole image of PNG, JPEG, BMP, TIFF, WEBP, GIF, PPM or
+    DICOM, has more than `max_pixels` pixels or, without a window, floating-point pixels or values above 65535.
     """
-    if not data:
-        raise BadImage("zero bytes")
-    reader = next((reader for magic, reader in _READERS if magic.match(data)), None)
+    reader = _reader(data)
     if reader is None:
-        raise BadImage(f"no image ({FORMATS})")
+        try:
+            return dicom_pixels(data, windowing, max_pixels)
+        except DicomFault as fault:
+            bad = BadImage(str(fault))
+            bad.no_image = fault.no_image
+            raise bad from None
     try:
         with _quiet_pillow(), reader(io.BytesIO(data)) as image:
-            _check_header(image, data, max_pixels)
+            _check_header(image, data, max_pixels, windowing)
             image.load()
-            return _upright(_to_rgb(image), image)
+            return _upright(_to_rgb(image, windowing), image)
     except BadImage:
         raise
     except Exception as error:  # Pillow's readers raise a dozen kinds, AssertionError and struct.error among them
         raise BadImage(_reason(error)) from error
+
+
+def read_header(data: bytes) -> Header:
+    """Return what a file's header says, without decoding pixels; raises BadImage where it cannot be read.
+
+    opaque is False where there is an alpha channel or a transparent colour, whatever stands in it.
+    """
+    reader = _reader(data)
+    if reader is None:
+        return Header("DICOM", "DICOM", 0, 0, False, 1, True)
+    try:
+        with _quiet_pillow(), reader(io.BytesIO(data)) as image:
+            animated = bool(getattr(image, "is_animated", False))
+            if animated and not isinstance(image, GifImagePlugin.GifImageFile):
+                animated = image.format != "TIFF" or _pages(image) > 1
+            return Header(
+                str(image.format),
+                image.mode,
+                *image.size,
+                animated,
+                _orientation(image),
+                not image.has_transparency_data,
+            )
+    except Exception as error:
+        raise BadImage(_reason(error)) from error
+
+
+def _pages(image: ImageFile.ImageFile) -> int:
+    """Return how many whole images a TIFF holds; thumbnails and masks (NewSubfileType) do not count."""
+    count = 0
+    for page in range(min(getattr(image, "n_frames", 1), 100)):
+        image.seek(page)
+        count += not int(getattr(image, "tag_v2", {}).get(254, 0) or 0) & 1
+    return count
+
+
+def _reader(data: bytes) -> type[ImageFile.ImageFile] | None:
+    """Return Pillow's reader for a file's first bytes, None for DICOM; raises BadImage for neither."""
+    if not data:
+        raise BadImage("zero bytes")
+    if data[128:132] == b"DICM":
+        return None
+    reader = next((reader for magic, reader in _READERS if magic.match(data)), None)
+    if reader is None and not is_dicom(data):
+        raise BadImage(f"no image ({FORMATS})")
+    return reader
 
 
 def resize(pixels: Pixels, size: int, interpolation: str) -> Pixels:
@@ -127,15 +201,15 @@ def pixel_sha256(pixels: Pixels) -> str:
     return digest.hexdigest()
 
 
-def _check_header(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> None:
+def _check_header(image: ImageFile.ImageFile, data: bytes, max_pixels: int, windowing: Windowing) -> None:
     """Raise BadImage for what would cost too much memory or time, before any pixel is decoded."""
     width, height = image.size
     if width < 1 or height < 1:
         raise BadImage(f"unreadable: {width} x {height} pixels")
     if width * height > max_pixels:
         raise BadImage(f"too large: {width} x {height} pixels, more than {max_pixels}")
-    if image.mode == "F":
-        raise BadImage("floating-point pixels; save it with 8 or 16 bits")
+    if image.mode == "F" and not windowing.windows:
+        raise BadImage("floating-point pixels; name a window, or save it with 8 or 16 bits")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tile_width, tile_height, rows = (image.tag_v2.get(tag) or 1 for tag in _TIFF_TILE)
         if tile_width * tile_height > max_pixels or min(rows, height) * width > max_pixels:
@@ -147,7 +221,9 @@ def _check_header(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> N
             raise BadImage(f"too large: {scans} scans of {width} x {height} pixels")
 
 
-def _to_rgb(image: Image.Image) -> Pixels:
+def _to_rgb(image: Image.Image, windowing: Windowing) -> Pixels:
+    if image.mode.startswith(("I", "F")) and windowing.windows:
+        return windowing.grey(np.asarray(image).astype(np.float64) * windowing.slope + windowing.intercept)
     if image.mode.startswith("I"):
         grey = _scale_16_bits(np.asarray(image))
         return np.repeat(grey[:, :, None], 3, axis=2)
@@ -175,11 +251,8 @@ def _upright(pixels: Pixels, image: Image.Image) -> Pixels:
 
     Asked after loading: some PNGs carry the tag behind the pixels, and Pillow turns TIFFs by itself.
     """
-    try:
-        orientation = image.getexif().get(0x0112)
-    except Exception:
-        return pixels
-    if not isinstance(orientation, int) or not 2 <= orientation <= 8:
+    orientation = _orientation(image)
+    if orientation == 1:
         return pixels
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
@@ -188,6 +261,14 @@ def _upright(pixels: Pixels, image: Image.Image) -> Pixels:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:
+        return 1
+    return orientation if isinstance(orientation, int) and 2 <= orientation <= 8 else 1
 
 
 def _reason(error: Exception) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,6 +34,9 @@ IMAGE_SUFFIXES = frozenset(
         ".pgm",
         ".pbm",
         ".pnm",
+        ".dcm",
+        ".dicom",
+        ".ima",
     )
 )
 _IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
@@ -68,6 +72,7 @@ class Found:
     described: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     negative_class: str | None = None
+    renamed_classes: dict[str, str] = field(default_factory=dict)
 
     def add(self, path: str, label: str, split: str = "", group: str = "") -> None:
         """Take one image."""
@@ -143,6 +148,12 @@ def _add_splits(found: Found, splits: dict[Path, str]) -> None:
     classes = {split: set[str]() for split in splits.values()}
     for label, split in zip(found.labels, found.splits, strict=True):
         classes[split].add(label)
+    same = match_classes(list(classes.values()))
+    if same is not None:
+        renamed = {label: name for label, name in same.items() if label != name}
+        found.labels = [same[label] for label in found.labels]
+        found.renamed_classes = renamed
+        return
     differences = [
         f"{split} has {_listed(of_split - classes['train'])} that train has not"
         for split, of_split in classes.items()
@@ -157,6 +168,38 @@ def _add_splits(found: Found, splits: dict[Path, str]) -> None:
             f"the class folders of the splits differ: {'; '.join(differences)}. Rename them, or give a CSV "
             "with path, label and split"
         )
+
+
+def match_classes(of_splits: Sequence[set[str]]) -> dict[str, str] | None:
+    """Return each class name to the name that all splits share, or None where the splits' classes do not match.
+
+    Names match that differ in case and separators alone, or where one goes on where the other ends, as
+    `adenocarcinoma_left.lower.lobe` does; each name must have exactly one match in every split. The shortest of
+    those that match is kept, the first split's among equals.
+
+    >>> match_classes([{"a_left.lobe", "normal"}, {"a", "Normal"}])
+    {'Normal': 'Normal', 'a': 'a', 'a_left.lobe': 'a', 'normal': 'Normal'}
+    >>> match_classes([{"a_left", "a_right"}, {"a", "b"}]) is None
+    True
+    """
+    mapping: dict[str, str] = {}
+    shortest = min(of_splits, key=lambda names: sorted(map(len, names)))
+    for name in sorted(shortest):
+        words = _words(name)
+        for names in of_splits:
+            same = [each for each in names if _words(each) == words] or [
+                each for each in names if _words(each)[: len(words)] == words
+            ]
+            if len(same) != 1 or mapping.get(same[0], name) != name:
+                return None
+            mapping[same[0]] = name
+    if set[str]().union(*of_splits) - set(mapping):
+        return None
+    return dict(sorted(mapping.items()))
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[\W_]+", name.casefold()) if word)
 
 
 def _listed(names: set[str]) -> str:
@@ -221,6 +264,102 @@ def _files(folder: Path, deep: bool = True, above: frozenset[tuple[int, int]] = 
             yield path
         elif deep:
             yield from _files(path, deep, above | {here})
+
+
+PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject", "subject_id")
+
+
+def find_with_labels(
+    root: Path, labels: Path, path_column: str, label_column: str, subject_of: Callable[[Path], str | None]
+) -> Found:
+    """Return the images of a folder, DICOM above all, with their labels from a CSV.
+
+    The CSV names either files or folders below root (path_column), or patients (a column such as `patient_id`),
+    and a label for each; a column `split` is kept. subject_of: path to the patient named in a DICOM, "" where none
+    is named, None for what is no DICOM. Images without a label are left out and counted. Raises ZooError.
+    """
+    header = [name.lower() for name in _csv_header(labels)]
+    key_column = path_column
+    if path_column.lower() not in header:
+        named = [name for name in _csv_header(labels) if name.lower() in PATIENT_COLUMNS]
+        if not named:
+            raise ZooError(
+                f"{one_line(labels)!r} must have a column {path_column!r} or one of "
+                f"{', '.join(PATIENT_COLUMNS)}. It has "
+                f"{one_line(', '.join(header)) or 'none'}; name the column of files with --path-column"
+            )
+        key_column = named[0]
+    label_of, split_of = _labels_by_key(labels, key_column, label_column, is_path=key_column == path_column)
+    found, used = Found("labels", root), set[str]()
+    for file in _files(root):
+        path = file.relative_to(root)
+        subject = subject_of(file)
+        if subject is None and file.suffix.lower() not in IMAGE_SUFFIXES:
+            found.leave_out(f"files that are no image ({one_line(file.suffix.lower(), 20) or 'no suffix'})")
+            continue
+        keys = [str(each) for each in (path, *path.parents)] if key_column == path_column else [subject or ""]
+        key = next((each for each in keys if each in label_of), None)
+        if key is None:
+            found.leave_out("images without a label")
+            continue
+        used.add(key)
+        found.add(path.as_posix(), label_of[key], split_of.get(key, ""))
+    found.leave_out("rows of labels without an image", len(label_of) - len(used))
+    if not found.paths:
+        rest = "; ".join(f"{count} {what}" for what, count in found.left_out.items()) or "nothing"
+        raise ZooError(
+            f"{one_line(labels)!r} labels no image of {one_line(root)!r} (found: {rest}); see its {key_column!r}"
+        )
+    if any(found.splits) and ("" in found.splits or "train" not in found.splits):
+        raise ZooError(f"{one_line(labels)!r}: column 'split' must be filled in every row, with rows of train")
+    return found
+
+
+def _csv_header(path: Path) -> list[str]:
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            first = stream.readline(100_000)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ZooError(
+            f"cannot read {one_line(path)!r}: {one_line(getattr(error, 'strerror', None) or error)}"
+        ) from error
+    return [name.strip().strip('"') for name in re.split("[,;\t]", first.strip())]
+
+
+def _labels_by_key(
+    labels: Path, key_column: str, label_column: str, is_path: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return key to label and key to split; raises ZooError for a key that has two labels."""
+    label_of: dict[str, str] = {}
+    split_of: dict[str, str] = {}
+    for number, row in enumerate(_csv_rows(labels, key_column, label_column, None), 1):
+        key, label, split = row[key_column], row[label_column], row.get("split", "")
+        key = os.path.normpath(key.replace("\\", "/")) if is_path and key else key
+        reason = ""
+        if not key or not label:
+            reason = f"its {key_column if not key else label_column!r} is empty"
+        elif label_of.setdefault(key, label) != label:
+            reason = f"its {key_column!r} has another label further up ({one_line(label_of[key], 40)!r})"
+        elif split and split.lower() not in _SPLIT_OF:
+            reason = f"split must be one of train, val, test. Got {one_line(split)!r}"
+        if reason:
+            raise ZooError(f"{one_line(labels)!r}, row {number}: {reason}")
+        if split:
+            split_of[key] = _SPLIT_OF[split.lower()]
+    return label_of, split_of
+
+
+def column_of_csv(path: Path, path_column: str, group_column: str, paths: Sequence[str]) -> list[str]:
+    """Return a column of a CSV for each of the paths; raises ZooError for a path that it does not name."""
+    rows = _csv_rows(path, path_column, group_column, None)
+    named = {os.path.normpath(row[path_column]): row[group_column] for row in rows}
+    missing = [each for each in paths if not named.get(os.path.normpath(each))]
+    if missing:
+        raise ZooError(
+            f"{one_line(path)!r} names no {group_column!r} for {one_line(missing[0])!r} (and {len(missing) - 1} more); "
+            "its paths must be relative to the dataset's root"
+        )
+    return [named[os.path.normpath(each)] for each in paths]
 
 
 def find_in_csv(path: Path, path_column: str, label_column: str, group_column: str | None) -> Found:

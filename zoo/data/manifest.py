@@ -235,6 +235,16 @@ def _file_fault(path: Path, digest: str) -> str:
         return one_line(error.strerror or error)
 
 
+def manifest_rows(dataset: Dataset) -> list[Row]:
+    """Return the rows of a loaded manifest, in its order."""
+    return list(zip(*(dataset.frame[column].tolist() for column in COLUMNS), strict=True))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a `manifest.csv`; raises ZooError where it cannot be read."""
+    return _parse_manifest(_read_bytes(path), path)
+
+
 def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()

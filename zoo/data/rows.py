@@ -10,6 +10,7 @@ from typing import Any
 from zoo.data.layouts import Found
 from zoo.data.manifest import Row
 from zoo.data.split import (
+    Ints,
     check_enough_groups,
     check_ratios,
     check_seed,
@@ -17,6 +18,7 @@ from zoo.data.split import (
     groups_by_regex,
     merge_identical,
     split_into,
+    stratification_error,
 )
 from zoo.errors import ZooError, one_line
 from zoo.files import sha256_bytes
@@ -25,37 +27,65 @@ from zoo.runs import SPLITS
 
 @dataclass(frozen=True)
 class Grouping:
-    """How images are put into groups: by a column, a regex, blocks of file numbers, or each by itself."""
+    """How images are put into groups; several ways are joined, so that none is torn.
+
+    By a column, a regex on the path, blocks of file numbers, the patient of a DICOM; near_duplicates: kept
+    together too, or left out, wherever the classes have groups enough for it.
+    """
 
     group_column: str | None = None
     group_regex: str | None = None
     group_blocks: int | None = None
+    group_patient: bool | None = None
+    near_duplicates: bool | None = None
 
     def record(self) -> dict[str, Any]:
-        """Return the way that was asked for, as `dataset.toml` has it; raises ZooError for more than one."""
-        asked = {key: value for key, value in vars(self).items() if value is not None}
-        if len(asked) > 1:
-            raise ZooError(f"give at most one way of grouping. Got {' and '.join(asked)}")
-        return asked
+        """Return the ways that were asked for, as `dataset.toml` has them."""
+        return {key: value for key, value in vars(self).items() if value is not None and key != "near_duplicates"}
 
     def apply(self, found: Found) -> None:
-        """Set the images' groups, by regex or blocks; those of a column are there already."""
+        """Set the images' groups by regex and blocks, joined with those that the source names."""
+        ways = [found.groups] if any(found.groups) else []
         if self.group_regex is not None:
-            found.groups = groups_by_regex(found.paths, self.group_regex)
-        elif self.group_blocks is not None:
-            found.groups = groups_by_blocks(found.paths, found.labels, self.group_blocks)
-        else:
-            return
-        found.grouped_by = self.record()
+            ways.append(groups_by_regex(found.paths, self.group_regex))
+        if self.group_blocks is not None:
+            ways.append(groups_by_blocks(found.paths, found.labels, self.group_blocks))
+        if self.group_regex is not None or self.group_blocks is not None:
+            found.groups = join_groups(ways, found.paths)
+            found.grouped_by = {**found.grouped_by, **self.record()}
+
+
+def join_groups(ways: Sequence[Sequence[str]], paths: Sequence[str]) -> list[str]:
+    """Return one group per image, such that images of one group by any way share it; "" is a group of its own.
+
+    >>> join_groups([["p1", "p1", "p2"], ["a", "b", "b"]], ["1", "2", "3"])
+    ['p1', 'p1', 'p1']
+    """
+    joined = list(paths)
+    for way in ways:
+        joined = merge_identical(joined, [group or f"\0{path}" for group, path in zip(way, paths, strict=True)])
+    names: dict[str, tuple[int, str]] = {}
+    for number, way in enumerate(ways):
+        for whole, group in zip(joined, way, strict=True):
+            if group and names.get(whole, (number, group)) >= (number, group):
+                names[whole] = (number, group)
+    return [names.get(whole, (0, ""))[1] for whole in joined]
 
 
 def split_rows(
-    found: Found, digests: Sequence[tuple[str, str]], ratios: Sequence[float], seed: int
+    found: Found,
+    digests: Sequence[tuple[str, str]],
+    ratios: Sequence[float],
+    seed: int,
+    near: Ints | None = None,
+    near_required: bool = False,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Return the manifest's rows and what `dataset.toml` says of the split and in counts.
 
     Where splits are shipped, those missing are cut from train; images of one group, or of the same pixels,
-    stay together in what is cut, and leaks between shipped splits are counted.
+    stay together in what is cut, and leaks between shipped splits are counted. near: (N,) numbers of the
+    near-duplicate components, kept together too; where classes have too few groups for that they are not, which
+    is said, unless near_required.
     """
     labels, pixels = found.labels, [pixel for _, pixel in digests]
     ids = [sha256_bytes(path.encode())[:16] for path in found.paths]
@@ -66,24 +96,99 @@ def split_rows(
     groups = merge_identical(own, keys)
     shipped = [split for split in SPLITS if split in found.splits]
     missing = [split for split in SPLITS if split not in shipped]
-    splits = _draw(found, groups, ["train", *missing] if shipped else missing, ratios, seed)
+    names = ["train", *missing] if shipped else missing
+    how: dict[str, Any] = {"shipped": shipped, "drawn": missing, **found.grouped_by}
+    if near is None or not missing:
+        splits = _draw(found, groups, names, ratios, seed)
+    else:
+        marks = [f"{split} {mark}" for split, mark in zip(found.splits, near.tolist(), strict=True)]
+        joined = merge_identical(groups, marks)
+        try:
+            splits, groups = _draw(found, joined, names, ratios, seed), joined
+            how["near_duplicates"] = True
+        except ZooError as error:
+            if near_required:
+                raise
+            splits = _draw(found, groups, names, ratios, seed)
+            how |= {"near_duplicates": False, "near_duplicates_torn": str(error)}
     rows: list[Row] = [
         (sample_id, path, label, group, split, sha256, pixel)
         for sample_id, path, label, group, split, (sha256, pixel) in zip(
             ids, found.paths, labels, groups, splits, digests, strict=True
         )
     ]
-    how = {"shipped": shipped, "drawn": missing, **found.grouped_by}
     if missing:
         how |= {"ratios": list(check_ratios(ratios)), "seed": seed}
-    counts = {
+        how["stratification_error"] = round(stratification_error(labels, splits), 4)
+    return rows, {"split": how, "counts": count_rows(rows)}
+
+
+def count_rows(rows: Sequence[Row]) -> dict[str, int]:
+    """Return what `dataset.toml` says of a manifest in numbers."""
+    groups, splits, pixels = ([row[place] for row in rows] for place in (3, 4, 6))
+    return {
         "images": len(rows),
         "groups": len(set(groups)),
         "pixel_copies": len(pixels) - len(set(pixels)),
         "copies_across_splits": _across(pixels, splits),
         "groups_across_splits": _across(groups, splits),
     }
-    return rows, {"split": how, "counts": counts}
+
+
+_KEPT_FIRST = {"test": 0, "val": 1, "train": 2}
+
+
+def repair_rows(
+    rows: Sequence[Row], near: Ints, *, drop_duplicates: bool = False, across_splits: bool = True
+) -> tuple[list[Row], dict[str, str]]:
+    """Return the rows without what leaks or is a copy, and path to reason of each row that is dropped.
+
+    near: (P, 2) places of near-duplicates. across_splits: images of train whose copy, near-copy or group stands in
+    val or test are dropped, and images of val whose likes stand in test; never one of test. drop_duplicates: of
+    images with the same pixels one stays, of test before val before train; where their labels differ, nobody
+    knows the right one, and all go.
+    """
+    dropped: dict[int, str] = {}
+    copies: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        copies.setdefault(row[6], []).append(place)
+    if drop_duplicates:
+        for same in (each for each in copies.values() if len(each) > 1):
+            dropped |= _spare(rows, same)
+    if across_splits:
+        for same in copies.values():
+            best = min(same, key=lambda place: _KEPT_FIRST[rows[place][4]])
+            for place in same:
+                _drop_lesser(rows, place, best, "the same picture stands in", dropped)
+        # Likes of test go first: what has gone from val then takes nothing from train.
+        for one, other in sorted(near.tolist(), key=lambda pair: min(_KEPT_FIRST[rows[each][4]] for each in pair)):
+            _drop_lesser(rows, one, other, "nearly the same picture stands in", dropped)
+        first_of: dict[str, int] = {}
+        for place, row in enumerate(rows):
+            best = first_of.setdefault(row[3], place)
+            if _KEPT_FIRST[row[4]] < _KEPT_FIRST[rows[best][4]]:
+                first_of[row[3]] = place
+        for place, row in enumerate(rows):
+            _drop_lesser(rows, place, first_of[row[3]], f"its group {one_line(row[3], 60)!r} stands in", dropped)
+    kept = [row for place, row in enumerate(rows) if place not in dropped]
+    return kept, {rows[place][1]: reason for place, reason in sorted(dropped.items())}
+
+
+def _spare(rows: Sequence[Row], same: Sequence[int]) -> dict[int, str]:
+    """Return which of images with the same pixels go, and why."""
+    if len({rows[place][2] for place in same}) > 1:
+        labels = " and ".join(sorted({one_line(rows[place][2], 40) for place in same}))
+        return dict.fromkeys(same, f"the same picture is labelled {labels}")
+    stays = min(same, key=lambda place: (_KEPT_FIRST[rows[place][4]], rows[place][1]))
+    return {place: f"copy of {one_line(rows[stays][1], 200)}" for place in same if place != stays}
+
+
+def _drop_lesser(rows: Sequence[Row], one: int, other: int, why: str, dropped: dict[int, str]) -> None:
+    """Drop that of two images of different splits which stands in train, or in val beside test."""
+    if rows[one][4] == rows[other][4] or dropped.get(one, dropped.get(other)) is not None:
+        return
+    lesser, better = sorted((one, other), key=lambda place: -_KEPT_FIRST[rows[place][4]])
+    dropped[lesser] = f"{why} {rows[better][4]}: {one_line(rows[better][1], 200)}"
 
 
 def _draw(found: Found, groups: Sequence[str], names: Sequence[str], ratios: Sequence[float], seed: int) -> list[str]:

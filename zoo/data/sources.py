@@ -5,15 +5,28 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zoo.data.decode import BadImage, decode, pixel_sha256
-from zoo.data.layouts import Found, find_in_csv, find_in_folder, find_in_npz
+from zoo.data.canonical import (
+    canonical_names,
+    canonical_record,
+    check_original,
+    find_original,
+    is_canonical,
+    published_rows,
+    stage_published,
+    unpacked,
+)
+from zoo.data.dicom import pseudonym
+from zoo.data.duplicates import Ints, components, near_pairs
+from zoo.data.ecosystem import find_in_huggingface, find_in_medmnist, find_in_torchvision, is_huggingface
+from zoo.data.facts import ImageFacts, collect, facts_file, write_facts
+from zoo.data.layouts import Found, find_in_csv, find_in_folder, find_in_npz, find_with_labels
+from zoo.data.look import Look, default_window, subject_of
 from zoo.data.manifest import (
     BAD_IMAGES,
     Dataset,
@@ -24,13 +37,12 @@ from zoo.data.manifest import (
     map_files,
     write_dataset,
 )
-from zoo.data.rows import Grouping, check_classes, split_rows
+from zoo.data.rows import Grouping, check_classes, count_rows, join_groups, repair_rows, split_rows
 from zoo.data.split import DEFAULT_RATIOS, check_ratios, check_seed
+from zoo.data.window import parse_rescale, parse_window
 from zoo.errors import ZooError, nearest, one_line
-from zoo.files import FULL, Home, check_name, home, read_toml, sha256_bytes, write_error
-from zoo.runs import SPLITS
+from zoo.files import FULL, Home, check_name, home, read_toml, write_error
 
-MAX_FILE_BYTES = 1 << 30
 _NEGATIVE = re.compile(r"(?<![a-z])(normal|healthy|negative|controls?|no[ _-]*findings?)(?![a-z])")
 # What a person may write into dataset.toml by hand; importing the same again leaves it as it is.
 _DESCRIBED = ("summary", "licence", "source", "note", "medical")
@@ -41,16 +53,21 @@ def import_dataset(
     name: str,
     root: Home | None = None,
     *,
-    copy: bool = False,
+    copy: bool | None = None,
     ratios: Sequence[float] = DEFAULT_RATIOS,
     seed: int = 0,
     bad_images: str = "fail",
     group_column: str | None = None,
     group_regex: str | None = None,
     group_blocks: int | None = None,
+    near_duplicates: bool | None = None,
     negative_class: str | None = None,
     label_column: str = "label",
     path_column: str = "path",
+    labels: str | Path | None = None,
+    window: str | None = None,
+    rescale: str | None = None,
+    from_: str | Path | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
     **builtin_options: Any,
@@ -58,12 +75,16 @@ def import_dataset(
     """Read a source, write `data/<name>/dataset.toml` and `manifest.csv`, and return the dataset.
 
     source: a folder with a folder per class; one with train, val and test folders of such; a CSV with the
-    columns path, label and, if wanted, split and group; a MedMNIST-style .npz; or the name of built-in data,
-    which alone takes builtin_options. Shipped splits are kept; val or test that is missing is cut from train.
-    Images stay where they are unless `copy`; those out of an .npz or a generator are written to
-    `data/<name>/images/`. Images that decode to the same pixels are put into one group. A `sample_id` is the
-    first 16 hexadecimal digits of the SHA-256 of the path below the root: the same as long as the file keeps
-    its name, and not the name itself.
+    columns path, label and, if wanted, split and group; a folder with `labels`, a CSV that names its files, folders
+    or DICOM patients; a MedMNIST-style .npz; a Hugging Face dataset on disk; `torchvision:NAME`; a public data set
+    of `zoo list datasets` with `from_`, its download; or the name of built-in data, which alone takes
+    builtin_options. Shipped splits are kept; val or test that is missing is cut from train. Images stay where they
+    are unless `copy`; those out of an archive or a generator are written to `data/<name>/images/`. DICOMs are
+    written there too unless `copy` is False, as copies without the patient's data; the patient is their group, by
+    a salted pseudonym. Images that decode to the same pixels, or nearly (unless near_duplicates is False), are put
+    into one group. window, rescale: how values of more than 8 bits become grey (`zoo.data.window`); CT gets `lung`
+    where none is named. A `sample_id` is the first 16 hexadecimal digits of the SHA-256 of the path below the root:
+    the same as long as the file keeps its name, and not the name itself.
 
     The same import again writes the same bytes. Raises ZooError, and leaves what stands as it was, for a
     source that cannot be used, for a dataset of this name and other content unless `overwrite`, and, by the
@@ -71,82 +92,109 @@ def import_dataset(
     """
     root = root or home()
     folder = root.data / check_name(name, "dataset")
-    grouping = Grouping(group_column, group_regex, group_blocks)
-    grouping.record()
+    grouping = Grouping(group_column, group_regex, group_blocks, None, near_duplicates)
     check_ratios(ratios)
     check_seed(seed)
     if bad_images not in BAD_IMAGES:
         raise ZooError(f"bad_images must be fail or skip. Got {one_line(repr(bad_images))}")
+    parse_window(window or "lung")
+    parse_rescale(rescale or "1,0")
     with _stage(root, name) as stage:
         columns = (path_column, label_column, group_column)
-        found = _find(source, folder, root, stage, columns=columns, options=builtin_options)
-        grouping.apply(found)
+        if is_canonical(source):
+            original = _import_canonical(str(source), stage, folder, from_, progress, overwrite)
+            if original is None:
+                return load_dataset(name, root)
+            found = original
+        else:
+            found = _find(source, folder, root, stage, columns, labels, from_, builtin_options)
         check_classes(found.labels)
-        classes = _class_order(set(found.labels))
-        negative = _negative_class(classes, negative_class or found.negative_class)
-        kept, digests, skipped = _examine_all(found, bad_images, progress)
-        rows, facts = split_rows(kept, digests, ratios, seed)
-        if copy and not found.root.is_relative_to(stage):
-            _copy(kept, stage / "images")
-        record = {
+        look = Look(
+            found.root,
+            stage / "images",
+            folder / ".salt",
+            window or default_window(found.root, found.paths),
+            rescale,
+            copy,
+        )
+        kept, facts, skipped = _examine_all(found, look, bad_images, progress)
+        if look.found_patients:
+            kept.grouped_by = {**kept.grouped_by, "group_patient": True}
+        grouping.apply(kept)
+        rows, split_facts = _split(kept, facts, ratios, seed, near_duplicates)
+        if found.kind == "canonical":
+            rows, split_facts["dropped"] = repair_rows(rows, _near(kept, facts), drop_duplicates=True)
+            split_facts["counts"] = count_rows(rows)
+        described = {
             "name": name,
-            "summary": f"{len(rows)} images of {len(classes)} classes",
+            "summary": f"{len(rows)} images of {len(set(kept.labels))} classes",
             **found.described,
-            "root": "images" if (stage / "images").is_dir() else _root_text(found.root, source, folder),
-            "classes": classes,
-            "negative_class": negative,
             "bad_images": bad_images,
-            "import": {"kind": found.kind, **found.options},
-            **facts,
-            "left_out": found.left_out,
+            "window": window or (look.window if look.found_dicom or look.found_deep else None),
+            "rescale": rescale,
+            **split_facts,
             "skipped": skipped,
         }
-        _write(folder, rows, _filled(record), stage, overwrite)
-    return load_dataset(name, root)
+        _finish(kept, rows, described, stage, folder, source, look, negative_class or found.negative_class, overwrite)
+    if look.found_patients:
+        look.keep_salt()
+    dataset = load_dataset(name, root)
+    _remember(dataset, kept.paths, facts)
+    return dataset
+
+
+def _split(
+    kept: Found, facts: Sequence[ImageFacts], ratios: Sequence[float], seed: int, near_duplicates: bool | None
+) -> tuple[list[Row], dict[str, Any]]:
+    """Return the manifest's rows and what is said of them; near-duplicates are kept together unless forbidden."""
+    near = None if near_duplicates is False else components(len(facts), _near(kept, facts))
+    digests = [(each.sha256, each.pixel_sha256) for each in facts]
+    return split_rows(kept, digests, ratios, seed, near, near_required=near_duplicates is True)
+
+
+def _near(kept: Found, facts: Sequence[ImageFacts]) -> Ints:
+    columns = collect(facts, [each.sha256 for each in facts])
+    return near_pairs(columns.phash, columns.small, kept.labels, [each.pixel_sha256 for each in facts])
+
+
+def _finish(
+    found: Found,
+    rows: Sequence[Row],
+    described: dict[str, Any],
+    stage: Path,
+    folder: Path,
+    source: str | Path,
+    look: Look,
+    negative: str | None,
+    overwrite: bool,
+) -> None:
+    """Copy what is to be copied, and put images, manifest and `dataset.toml` in place."""
+    if look.copied or (look.copy and not found.root.is_relative_to(stage)):
+        _copy([path for path in found.paths if path not in look.copied], found.root, stage / "images")
+    classes = _class_order(set(found.labels))
+    record = {
+        **described,
+        "root": "images" if (stage / "images").is_dir() else _root_text(found.root, source, folder),
+        "classes": classes,
+        "negative_class": _negative_class(classes, negative),
+        "renamed_classes": found.renamed_classes,
+        "import": {"kind": found.kind, **found.options},
+        "left_out": found.left_out,
+    }
+    _write(folder, rows, _filled(record), stage, overwrite)
+
+
+def _remember(dataset: Dataset, paths: Sequence[str], facts: Sequence[ImageFacts]) -> None:
+    """Keep what the import saw of each image, so that nothing has to be read again to look for leaks."""
+    of_path = dict(zip(paths, facts, strict=True))
+    write_facts(
+        facts_file(dataset),
+        collect([of_path[path] for path in dataset.frame["path"]], dataset.frame["sha256"].tolist()),
+    )
 
 
 def _filled(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if value not in (None, {})}
-
-
-def resplit_dataset(
-    name: str,
-    root: Home | None = None,
-    *,
-    ratios: Sequence[float] | None = None,
-    seed: int | None = None,
-    group_regex: str | None = None,
-    group_blocks: int | None = None,
-    force: bool = False,
-) -> Dataset:
-    """Split a dataset again and return it; options left out are those recorded in its `dataset.toml`.
-
-    With no option the recorded split is drawn once more, with the same bytes. Splits that were shipped are
-    kept, and only those cut from train are drawn again; `force` draws all of them. Raises ZooError where
-    options are given and every split was shipped, and for options out of range.
-    """
-    dataset = load_dataset(name, root)
-    old: dict[str, Any] = dataset.facts.get("split", {})
-    grouping = Grouping(group_regex=group_regex, group_blocks=group_blocks)
-    shipped = [] if force else list(old.get("shipped", []))
-    if len(shipped) == len(SPLITS):
-        if ratios is not None or seed is not None or grouping.record():
-            raise ZooError(f"the splits of {name!r} were shipped with the data and are kept; --force draws others")
-        return dataset
-    frame = dataset.frame
-    splits = [split if split in shipped else "train" if shipped else "" for split in frame["split"]]
-    found = Found("", dataset.root, frame["path"].tolist(), frame["label"].tolist(), splits, frame["group"].tolist())
-    found.grouped_by = {key: value for key, value in old.items() if key.startswith("group_")}
-    grouping.apply(found)
-    rows, facts = split_rows(
-        found,
-        list(zip(frame["sha256"], frame["pixel_sha256"], strict=True)),
-        ratios if ratios is not None else old.get("ratios", DEFAULT_RATIOS),
-        seed if seed is not None else old.get("seed", 0),
-    )
-    record = read_toml(dataset.folder / "dataset.toml") | facts
-    write_dataset(dataset.folder, rows, record)
-    return load_dataset(name, root)
 
 
 def builtin_names() -> dict[str, str]:
@@ -202,8 +250,9 @@ def _find(
     folder: Path,
     root: Home,
     stage: Path,
-    *,
     columns: tuple[str, str, str | None],
+    labels: str | Path | None,
+    from_: str | Path | None,
     options: dict[str, Any],
 ) -> Found:
     known = builtin_names()
@@ -213,22 +262,25 @@ def _find(
         return _find_builtin(source, stage / "images", options)
     if options:
         raise ZooError(f"the option {one_line(next(iter(options)))!r} is for built-in data alone ({', '.join(known)})")
-    path = Path(source).expanduser()
-    try:
-        there = path.exists()
-    except OSError:  # a name too long, a folder on the way that cannot be read
-        there = False
-    if not there:
-        raise ZooError(
-            f"there is nothing at {one_line(source)!r}{nearest(str(source), known)}; give a folder, a .csv "
-            f"or .npz file, or built-in data ({', '.join(known)})"
-        )
-    path = path.resolve()
+    if (named := _find_by_library(str(source), from_, stage / "images")) is not None:
+        return named
+    if from_ is not None:
+        names = ", ".join([*canonical_names(), "torchvision:NAME", "medmnist:NAME"])
+        raise ZooError(f"--from goes with a public data set ({names}). Got the source {one_line(source)!r}")
+    path = _existing(source, known)
     if path.is_relative_to(folder.resolve()):
         raise ZooError(
             f"the source {one_line(source)!r} lies in the dataset's own folder, {str(folder)!r}; move it "
             "elsewhere, or choose another --name"
         )
+    if labels is not None:
+        if not path.is_dir():
+            raise ZooError(
+                f"labels go with a folder of images. Got {one_line(source)!r}; name the folder as the source"
+            )
+        return find_with_labels(path, _existing(labels, {}), columns[0], columns[1], subject_of)
+    if path.is_dir() and is_huggingface(path):
+        return find_in_huggingface(path, stage / "images")
     if path.is_dir():
         own = (root.data, root.runs.parent, root.recipes, root.benchmarks)
         return find_in_folder(path, {each.resolve(): "folders of the zoo itself" for each in own})
@@ -240,6 +292,49 @@ def _find(
         f"the source must be a folder, a .csv or .npz file, or built-in data ({', '.join(known)}). Got "
         f"{one_line(source)!r}; unpack an archive first"
     )
+
+
+def _find_by_library(source: str, from_: str | Path | None, images: Path) -> Found | None:
+    """Return the images of `torchvision:NAME` or `medmnist:NAME`, None for another source."""
+    kind, _, name = source.partition(":")
+    place = Path(from_).expanduser() if from_ else None
+    if kind == "medmnist" and name:
+        return find_in_medmnist(name, place, images)
+    if kind == "torchvision" and name:
+        return find_in_torchvision(name, place, images, os.environ.get("HF_HUB_OFFLINE", "0") == "1")
+    return None
+
+
+def _existing(source: str | Path, known: Iterable[str]) -> Path:
+    path = Path(source).expanduser()
+    try:
+        there = path.exists()
+    except OSError:  # a name too long, a folder on the way that cannot be read
+        there = False
+    if not there:
+        names = [*known, *canonical_names()]
+        raise ZooError(
+            f"there is nothing at {one_line(source)!r}{nearest(str(source), names)}; give a folder, a .csv "
+            f"or .npz file, or built-in data ({', '.join(names)})"
+        )
+    return path.resolve()
+
+
+def _import_canonical(
+    source: str, stage: Path, folder: Path, from_: str | Path | None, progress: Progress | None, overwrite: bool
+) -> Found | None:
+    """Write a public data set whose manifest is published; of another return what its download holds."""
+    original = check_original(source, from_)
+    rows = published_rows(source)
+    if rows is None:
+        found = find_original(source, original, stage)
+        if found.root.is_relative_to(stage):
+            unpacked(stage, stage / "images")
+            found.root = stage / "images" / found.root.relative_to(stage / "unpacked")
+        return found
+    stage_published(source, rows, original, stage / "images", progress)
+    _write(folder, rows, {**canonical_record(source), "name": folder.name}, stage, overwrite)
+    return None
 
 
 def _find_builtin(name: str, images: Path, options: dict[str, Any]) -> Found:
@@ -262,15 +357,22 @@ def _find_builtin(name: str, images: Path, options: dict[str, Any]) -> Found:
 
 
 def _examine_all(
-    found: Found, bad_images: str, progress: Progress | None
-) -> tuple[Found, list[tuple[str, str]], dict[str, str]]:
-    """Decode all; return those kept, their (sha256, pixel_sha256), and path to reason of those skipped."""
-    results: list[tuple[str, str, str]] = []
-    for result in map_files(lambda path: _examine(found.root, path), found.paths):
+    found: Found, look: Look, bad_images: str, progress: Progress | None
+) -> tuple[Found, list[ImageFacts], dict[str, str]]:
+    """Look at all; return those kept, their facts, and path to reason of those skipped.
+
+    What was never to be an image, as a DICOM of a report, is left out and counted by kind.
+    """
+    results: list[tuple[str, str, ImageFacts]] = []
+    for result in map_files(look, found.paths):
         results.append(result)
         if progress:
             progress(len(results), len(found.paths))
-    bad = [(path, reason) for path, (_, _, reason) in zip(found.paths, results, strict=True) if reason]
+    bad = [
+        (path, each.reason)
+        for path, (_, _, each) in zip(found.paths, results, strict=True)
+        if each.reason and not each.no_image
+    ]
     if bad and (bad_images == "fail" or len(bad) == len(results)):
         path, reason = min(bad)
         remedy = "mend it" if len(bad) == 1 else "mend them"
@@ -278,37 +380,24 @@ def _examine_all(
             f"{len(bad)} of {len(results)} images cannot be used; the first is {one_line(path)!r}: {reason}; "
             f"{remedy}, or leave such images out with --bad-images skip"
         )
-    kept = found.only([not reason for _, _, reason in results])
+    for _, _, each in results:
+        if each.no_image:
+            found.leave_out(each.reason)
+    good = [not each.reason for _, _, each in results]
+    kept = found.only(good)
     if lost := sorted(set(found.labels) - set(kept.labels)):
         raise ZooError(f"no image of class {one_line(lost[0])!r} can be used; mend some, or leave the class out")
-    digests = [(sha256, pixels) for sha256, pixels, reason in results if not reason]
-    # A name that is no UTF-8 cannot stand in a file of UTF-8 as it is.
-    return (
-        kept,
-        digests,
-        {path.encode(errors="backslashreplace").decode(): reason for path, reason in sorted(bad)},
-    )
-
-
-def _examine(root: Path, path: str) -> tuple[str, str, str]:
-    """Return (sha256, pixel_sha256, "") of an image file, or ("", "", why it cannot be used)."""
-    try:
-        path.encode()
-        facts = (root / path).stat()
-        if not stat.S_ISREG(facts.st_mode):
-            return "", "", "no regular file"
-        if facts.st_size > MAX_FILE_BYTES:
-            return "", "", f"too large: {facts.st_size >> 20} MiB"
-        data = (root / path).read_bytes()
-        return sha256_bytes(data), pixel_sha256(decode(data)), ""
-    except UnicodeEncodeError:
-        return "", "", "its name is no valid UTF-8"
-    except BadImage as error:
-        return "", "", str(error)
-    except FileNotFoundError:
-        return "", "", "gone"
-    except OSError as error:
-        return "", "", one_line(error.strerror or error)
+    left = [each for each, fine in zip(results, good, strict=True) if fine]
+    kept.paths = [path for path, _, _ in left]
+    if look.found_patients:
+        kept.groups = join_groups([kept.groups, [patient for _, patient, _ in left]], kept.paths)
+    # A name that is no UTF-8 cannot stand in a file of UTF-8 as it is, nor one that may name a patient.
+    hidden = look.found_dicom and look.copy is not False
+    skipped = {
+        f"{pseudonym(path, look.salt)}.dcm" if hidden else path.encode(errors="backslashreplace").decode(): reason
+        for path, reason in sorted(bad)
+    }
+    return kept, [each for _, _, each in left], skipped
 
 
 def _class_order(labels: set[str]) -> list[str]:
@@ -346,12 +435,12 @@ def _root_text(images: Path, source: str | Path, folder: Path) -> str:
     return Path(os.path.relpath(images, folder.resolve())).as_posix()
 
 
-def _copy(found: Found, images: Path) -> None:
-    for path in found.paths:
+def _copy(paths: Sequence[str], root: Path, images: Path) -> None:
+    for path in paths:
         target = images / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(found.root / path, target)
+            shutil.copyfile(root / path, target)
         except OSError as error:
             raise write_error(target, error) from error
 

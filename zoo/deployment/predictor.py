@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from zoo.data.decode import BadImage, decode, resize
+from zoo.data.layouts import IMAGE_SUFFIXES
 from zoo.data.transforms import center_crop, normalise_tensor
+from zoo.data.window import windowing_of
 from zoo.errors import ZooError, one_line
 from zoo.files import Home
 from zoo.runs import Preprocessing, Run, RunRecord, find_run
 from zoo.training.precision import PrecisionPlan, choose_device, set_threads
 from zoo.training.scoring import finished_record, load_model
-
-IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Predictor:
 
         Raises BadImage where it cannot be decoded.
         """
-        resized = resize(decode(data), self.preprocessing.resize_size, self.preprocessing.interpolation)
+        decoded = decode(data, windowing_of(self.preprocessing))
+        resized = resize(decoded, self.preprocessing.resize_size, self.preprocessing.interpolation)
         return center_crop(resized, self.preprocessing.image_size)
 
     def scores(self, batch: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -78,7 +78,7 @@ def split_features(
             plan.network,
             plan.recipe.model.options,
             plan.weights.sha256 if plan.weights else None,
-            plan.preprocessing.model_dump(),
+            plan.preprocessing.identity,
             precision.facts(),
         ]
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from zoo.data.manifest import Dataset, load_dataset
+from zoo.data.window import windowing_of, windowing_of_facts
 from zoo.errors import ZooError, one_line
 from zoo.files import Home, check_writable, digest_of, home
 from zoo.models.registry import (
@@ -158,7 +159,7 @@ def make_plan(
     choose_plan(recipe.precision, choose_device(recipe.device))
     spec = find_model(recipe.model.name)
     weights, weights_from, source_run = _weights(recipe, spec, dataset, root, offline)
-    preprocessing = _preprocessing(recipe, spec, source_run)
+    preprocessing = _preprocessing(recipe, spec, source_run, dataset)
     make_augment(recipe.policy, recipe.augment.transforms, preprocessing.image_size, seed)
     network = _check_model(recipe, spec, preprocessing, len(dataset.classes))
     _refuse_changed_network(source_run, network, len(dataset.classes))
@@ -166,7 +167,7 @@ def make_plan(
     resolved: dict[str, Any] = {
         "recipe": recipe.digest,
         "model": spec.name,
-        "preprocessing": preprocessing.model_dump(),
+        "preprocessing": preprocessing.identity,
     }
     resolved["weights"] = weights.sha256 if weights else None
     resolved["augment"] = [recipe.policy, TRANSFORMS_VERSION]
@@ -226,12 +227,21 @@ def _weights(
     return resolve_weights(spec, str(run.weights_file), root, offline), "run", record
 
 
-def _preprocessing(recipe: Recipe, spec: ModelSpec, source_run: RunRecord | None) -> Preprocessing:
-    """Return what the recipe says, else what the run to go on from used, else what the network's row says."""
+def _preprocessing(recipe: Recipe, spec: ModelSpec, source_run: RunRecord | None, dataset: Dataset) -> Preprocessing:
+    """Return what the recipe says, else what the run to go on from used, else what network and dataset say."""
     keys = ("image_size", "mean", "std", "interpolation", "crop_pct")
     inherited = source_run.preprocessing if source_run else None
     chosen = {key: getattr(recipe.model, key) or getattr(inherited, key, None) for key in keys}
-    return preprocessing_for(spec, **chosen)
+    own = windowing_of_facts(dataset.facts)
+    made = preprocessing_for(spec, **chosen).model_copy(
+        update={
+            "window": recipe.model.window or getattr(inherited, "window", None) or dataset.facts.get("window"),
+            "rescale_slope": own.slope,
+            "rescale_intercept": own.intercept,
+        }
+    )
+    windowing_of(made)
+    return made
 
 
 def _refuse_changed_network(source_run: RunRecord | None, network: str | None, classes: int) -> None:

@@ -1,0 +1,227 @@
+"""Do train, val and test leak into each other? Copies, near-copies, torn groups, and numbers in scan order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from zoo.data.duplicates import Ints, exact_pairs, near_pairs
+from zoo.data.facts import Facts, dataset_facts
+from zoo.data.manifest import Dataset, Progress
+from zoo.errors import ZooError, one_line
+from zoo.files import digest_of, read_json, write_json
+
+LEAKS_VERSION = 1
+GROUPINGS = ("group_column", "group_regex", "group_blocks", "group_patient")
+SCAN_BLOCK = 20  # neighbouring file numbers that stand in for a patient where nobody recorded patients
+_NEIGHBOURS = 5  # file numbers
+_QUERIES = 1000
+_REFERENCES = 20_000
+_EXAMPLES = 50
+
+
+@dataclass(frozen=True)
+class ScanOrder:
+    """How often the image most like another has a neighbouring file number (at most 5 away) in its folder.
+
+    share, by_chance: fractions of the images asked, in [0, 1]; across: how many of these neighbours stand in
+    another split.
+    """
+
+    share: float
+    by_chance: float
+    asked: int
+    across: int
+
+    @property
+    def found(self) -> bool:
+        """Return whether the numbers plainly run in the order of scans, frames or patients."""
+        return self.share >= 0.3 and self.share >= 5 * self.by_chance
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What stands in more than one split, with examples; pairs are of paths.
+
+    label_conflicts: exact copies of different classes, wherever they stand.
+    """
+
+    exact_pairs: int = 0
+    near_pairs: int = 0
+    groups: int = 0
+    scan_order: int = 0
+    label_conflicts: int = 0
+    examples: dict[str, list[Any]] = field(default_factory=dict)
+    remedy: str = ""
+
+    @property
+    def count(self) -> int:
+        """Return how many leaks stand across splits."""
+        return self.exact_pairs + self.near_pairs + self.groups + self.scan_order
+
+    @property
+    def ok(self) -> bool:
+        """Return whether a score on test may be believed, as far as this check can see."""
+        return self.count == 0 and self.label_conflicts == 0
+
+    def sentences(self) -> list[str]:
+        """Return what leaks, in sentences."""
+        what = {
+            "exact_pairs": "pairs of the same picture stand in different splits",
+            "near_pairs": "pairs of nearly the same picture stand in different splits",
+            "groups": "groups stand in more than one split",
+            "scan_order": "images have their nearest likeness under a neighbouring file number in another split",
+            "label_conflicts": "pairs of the same picture have different labels",
+        }
+        return [f"{getattr(self, key)} {text}" for key, text in what.items() if getattr(self, key)]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Copies and near-copies of a dataset's images, by their places in the manifest: (P, 2) each."""
+
+    exact: Ints
+    near: Ints
+
+
+def duplicate_pairs(dataset: Dataset, facts: Facts) -> Pairs:
+    """Return the copies and near-copies among those images of a dataset that can be used."""
+    frame, good = dataset.frame, np.flatnonzero(facts.good)
+    keys = frame["pixel_sha256"].to_numpy(dtype=str)[good].tolist()
+    labels = frame["label"].to_numpy(dtype=str)[good]
+    near = near_pairs(facts.phash[good], facts.small[good], labels, keys)
+    return Pairs(exact_pairs(frame["pixel_sha256"].tolist()), good[near])
+
+
+def find_leaks(dataset: Dataset, progress: Progress | None = None) -> Leaks:
+    """Return what leaks between a dataset's splits; remembered by the digest of its split.
+
+    progress is called with images done and in all where files have to be read.
+    """
+    key = digest_of([LEAKS_VERSION, dataset.split_digest, dataset.facts.get("split"), dataset.facts.get("window")])
+    file = dataset.folder / ".cache" / f"leaks-{key[:16]}.json"
+    try:
+        stored = read_json(file)
+        stored.pop("schema_version", None)
+        return Leaks(**stored)
+    except (ZooError, TypeError):
+        pass
+    facts = dataset_facts(dataset, progress)
+    leaks = leaks_of(dataset, duplicate_pairs(dataset, facts), scan_order(dataset, facts))
+    if facts.good.all():
+        with suppress(ZooError):  # a folder that cannot be written: found again the next time
+            write_json(file, dict(vars(leaks)))
+    return leaks
+
+
+def refuse_leaks(dataset: Dataset, accept: bool, progress: Progress | None = None) -> bool:
+    """Return whether the dataset leaks and that was accepted; raise ZooError where it leaks and was not."""
+    leaks = find_leaks(dataset, progress)
+    if leaks.ok:
+        return False
+    if accept:
+        return True
+    raise ZooError(
+        f"dataset {dataset.name!r} leaks: {'; '.join(leaks.sentences())}. A score on its test split would be too "
+        f"good: {leaks.remedy}, look with `zoo data audit {dataset.name}`, or go on with --accept-leaks"
+    )
+
+
+def leaks_of(dataset: Dataset, pairs: Pairs, order: ScanOrder | None) -> Leaks:
+    """Return what leaks, out of a dataset's pairs of copies and the order of its file numbers."""
+    frame = dataset.frame
+    paths, splits = frame["path"].to_numpy(dtype=str), frame["split"].to_numpy(dtype=str)
+    labels = frame["label"].to_numpy(dtype=str)
+    across = {
+        "exact_pairs": pairs.exact[splits[pairs.exact[:, 0]] != splits[pairs.exact[:, 1]]],
+        "near_pairs": pairs.near[splits[pairs.near[:, 0]] != splits[pairs.near[:, 1]]],
+        "label_conflicts": pairs.exact[labels[pairs.exact[:, 0]] != labels[pairs.exact[:, 1]]],
+    }
+    in_splits = frame.groupby("group")["split"].nunique()
+    torn = sorted(in_splits.index[in_splits > 1].tolist())
+    examples: dict[str, list[Any]] = {
+        key: [[paths[one], paths[other]] for one, other in found[:_EXAMPLES]] for key, found in across.items()
+    }
+    counts = {key: len(found) for key, found in across.items()}
+    unknown = order if order is not None and order.found and not declared_groups(dataset.facts) else None
+    leaks = Leaks(
+        exact_pairs=counts["exact_pairs"],
+        near_pairs=counts["near_pairs"],
+        label_conflicts=counts["label_conflicts"],
+        groups=len(torn),
+        scan_order=unknown.across if unknown else 0,
+        examples={**examples, "groups": torn[:_EXAMPLES]},
+    )
+    return Leaks(**{**vars(leaks), "remedy": _remedy(dataset, leaks)})
+
+
+def declared_groups(facts: dict[str, Any]) -> bool:
+    """Return whether somebody said what belongs together, in a `dataset.toml`."""
+    return any(key in facts.get("split", {}) for key in GROUPINGS)
+
+
+def _remedy(dataset: Dataset, leaks: Leaks) -> str:
+    name, shipped = dataset.name, dataset.facts.get("split", {}).get("shipped")
+    if leaks.ok:
+        return ""
+    if shipped and leaks.count:
+        conflicts = " --drop-duplicates" if leaks.label_conflicts else ""
+        return f"drop the copies from train with `zoo data split {name} --repair{conflicts}`"
+    options = [f"--group-blocks {SCAN_BLOCK}"] if leaks.scan_order else []
+    options += ["--drop-duplicates"] if leaks.label_conflicts else []
+    options += ["--group-near-duplicates"] if leaks.near_pairs else []
+    return f"split again with `{' '.join(['zoo data split', name, *options])}`"
+
+
+def file_numbers(paths: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the last number in each file's stem, or -1 where there is none.
+
+    >>> file_numbers(["a/case (7).jpg", "b/x.png"]).tolist()
+    [7, -1]
+    """
+    found = [re.findall(r"[0-9]+", PurePosixPath(path).stem) for path in paths]
+    return np.array([int(each[-1][-15:]) if each else -1 for each in found], np.int64)
+
+
+def scan_order(dataset: Dataset, facts: Facts) -> ScanOrder | None:
+    """Return whether likeness follows file numbers, asked of at most 1000 images; None where few have numbers."""
+    good = np.flatnonzero(facts.good & (facts.small.reshape(len(facts.small), -1).std(axis=1) > 0))
+    paths = dataset.frame["path"].to_numpy(dtype=str)[good]
+    numbers = file_numbers(paths.tolist())
+    if len(good) < 20 or (numbers >= 0).mean() < 0.9:
+        return None
+    # Of many images a run of whole neighbourhoods is looked at: a random choice would have no neighbours.
+    folders = np.array([str(PurePosixPath(path).parent) for path in paths])
+    order = np.lexsort((numbers, folders))[:_REFERENCES]
+    good, folders, numbers = good[order], folders[order], numbers[order]
+    values = _standard_rows(facts.small[good])
+    asked = np.unique(np.linspace(0, len(good) - 1, min(_QUERIES, len(good))).astype(int))
+    likeness = values[asked] @ values.T
+    likeness[np.arange(len(asked)), asked] = -2
+    nearest = likeness.argmax(axis=1)
+    near = (folders[asked] == folders[nearest]) & (np.abs(numbers[asked] - numbers[nearest]) <= _NEIGHBOURS)
+    splits = dataset.frame["split"].to_numpy(dtype=str)[good]
+    sizes = {name: int(count) for name, count in zip(*np.unique(folders, return_counts=True), strict=True)}
+    chance = float(np.mean([min(1.0, 2 * _NEIGHBOURS / max(1, sizes[name] - 1)) for name in folders[asked].tolist()]))
+    across = int((near & (splits[asked] != splits[nearest])).sum())
+    return ScanOrder(float(near.mean()), chance, len(asked), across)
+
+
+def _standard_rows(small: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    values = small.reshape(len(small), -1).astype(np.float32)
+    values -= values.mean(axis=1, keepdims=True)
+    values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-6)
+    return values
+
+
+def describe_leaks(leaks: Leaks) -> list[str]:
+    """Return what an import or a split should say of leaks: nothing where there is none."""
+    if leaks.ok:
+        return []
+    return [f"LEAKS: {one_line('; '.join(leaks.sentences()))}. Training is refused: {leaks.remedy}"]
