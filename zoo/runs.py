@@ -86,6 +86,7 @@ class RunRecord(BaseModel):
     threads: int | None = None
     versions: dict[str, str] = {}
     notes: list[str] = []
+    leaks_accepted: bool = False
 
 
 @dataclass(frozen=True)

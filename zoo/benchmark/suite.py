@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zoo.benchmark.results import dataset_floors, write_results
+from zoo.data.leaks import refuse_leaks
 from zoo.data.manifest import Dataset, load_dataset, split_summary
 from zoo.errors import Interrupted, ZooError, nearest, one_line
 from zoo.files import Home, check_name, check_writable, find_toml, home, list_toml, read_toml
@@ -97,6 +98,7 @@ def bench(
     root: Home | None = None,
     offline: bool = False,
     bad_images: str | None = None,
+    accept_leaks: bool = False,
     on_tick: OnTick | None = None,
     on_step: OnStep | None = None,
 ) -> BenchResult:
@@ -104,11 +106,13 @@ def bench(
 
     seeds: a number of seeds from 0 on, or the seeds themselves. Every run is planned, and its weights found,
     before the first is trained. Finished runs are reused; after an interruption the same call goes on. Files go to
-    `benchmarks/<name>/`. Raises ZooError where the benchmark itself is wrong; a recipe that fails is a row.
+    `benchmarks/<name>/`. Raises ZooError where the benchmark itself is wrong, or the dataset leaks and that is not
+    accepted; a recipe that fails is a row.
     """
     root = root or home()
     wanted = _wanted(name, data, recipes, seeds, root)
     dataset = load_dataset(wanted.dataset, root)
+    accepted = refuse_leaks(dataset, accept_leaks)
     folder = root.benchmarks / wanted.name
     check_writable(folder)
     check_writable(root.runs)
@@ -120,6 +124,7 @@ def bench(
     summary = split_summary(dataset)["splits"]
     comparison = make_comparison(
         runs,
+        leaks_accepted=accepted,
         floors=dataset_floors(dataset, bad_images),
         images={split: facts["images"] for split, facts in summary.items()},
     )
@@ -178,7 +183,9 @@ def _plan_all(
         recipe: Any = name
         try:
             recipe = load_recipe(name, {**wanted.overrides, **overrides}, root)
-            first = make_plan(recipe, dataset, wanted.seeds[0], root, offline=offline, bad_images=bad_images)
+            first = make_plan(
+                recipe, dataset, wanted.seeds[0], root, offline=offline, bad_images=bad_images, accept_leaks=True
+            )
         except Interrupted:
             raise
         except ZooError as error:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli.screen import BadImagesOption, HomeOption, JsonOption, OfflineOption, SetOption
+from zoo.cli.screen import AcceptLeaksOption, BadImagesOption, HomeOption, JsonOption, OfflineOption, SetOption
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -22,6 +22,7 @@ def bench(
     seeds: Annotated[int | None, typer.Option(help="Number of seeds, from 0 on.")] = None,
     set_: SetOption = None,
     bad_images: BadImagesOption = None,
+    accept_leaks: AcceptLeaksOption = False,
     offline: OfflineOption = False,
     json: JsonOption = False,
     home: HomeOption = None,
@@ -42,6 +43,7 @@ def bench(
             overrides=assignments(set_),
             offline=offline,
             bad_images=bad_images,
+            accept_leaks=accept_leaks,
             on_tick=shown.tick,
             on_step=shown.step,
         )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.cli.screen import BadImagesOption, HomeOption, JsonOption, OfflineOption, SetOption
+from zoo.cli.screen import AcceptLeaksOption, BadImagesOption, HomeOption, JsonOption, OfflineOption, SetOption
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -20,6 +20,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     set_: SetOption = None,
     bad_images: BadImagesOption = None,
+    accept_leaks: AcceptLeaksOption = False,
     offline: OfflineOption = False,
     json: JsonOption = False,
     home: HomeOption = None,
@@ -32,7 +33,15 @@ def train(
     bad_images = check_bad_images(bad_images)
     loaded = load_recipe(recipe, assignments(set_))
     with bars(quiet=json) as shown:
-        run = train_recipe(loaded, data, seed, offline=offline, bad_images=bad_images, on_tick=shown.tick)
+        run = train_recipe(
+            loaded,
+            data,
+            seed,
+            offline=offline,
+            bad_images=bad_images,
+            accept_leaks=accept_leaks,
+            on_tick=shown.tick,
+        )
     record, metrics = run.record, run.metrics("val")
     if json:
         print_json(
@@ -46,6 +55,7 @@ def train(
                 "epochs": record.epochs,
                 "path": str(run.path),
                 "images_skipped": record.images_skipped,
+                "leaks_accepted": record.leaks_accepted,
             }
         )
         return
@@ -58,6 +68,8 @@ def train(
         markup=False,
         soft_wrap=True,
     )
+    if record.leaks_accepted:
+        out.print("LEAKS ACCEPTED: a score on test will be too good", markup=False)
     for note in record.notes:
         out.print(f"note: {note}", markup=False)
     for split, paths in record.images_skipped.items():

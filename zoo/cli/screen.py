@@ -41,6 +41,11 @@ BadImagesOption = Annotated[
 ]
 
 
+AcceptLeaksOption = Annotated[
+    bool, typer.Option("--accept-leaks", help="Go on where train, val and test leak; every table then says so.")
+]
+
+
 def check_bad_images(value: str | None) -> str | None:
     """Return the policy; raises ZooError for one that does not exist."""
     from zoo.errors import ZooError, nearest, one_line

@@ -138,6 +138,18 @@ class Facts:
         return found
 
 
+def file_facts(facts: Facts) -> dict[str, np.ndarray[Any, Any]]:
+    """Return what is known of each image without looking at what it shows: name to (N,) numbers or texts."""
+    width, height = facts.size[:, 0].astype(np.float64), facts.size[:, 1].astype(np.float64)
+    return {
+        "file size": np.log1p(facts.bytes.astype(np.float64)),
+        "image width": np.log1p(width),
+        "image height": np.log1p(height),
+        "mode and format": np.array([f"{a} {b}" for a, b in zip(facts.formats, facts.modes, strict=True)], str),
+        "mean brightness": facts.mean.astype(np.float64),
+    }
+
+
 def dataset_facts(dataset: Dataset, progress: Progress | None = None) -> Facts:
     """Return the facts of a dataset's images, each file read once and remembered until the manifest's images change.
 

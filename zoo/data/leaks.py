@@ -82,6 +82,9 @@ class Leaks:
         return [f"{getattr(self, key)} {text}" for key, text in what.items() if getattr(self, key)]
 
 
+_found: dict[str, Leaks] = {}  # by file, for one process that plans many runs
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Copies and near-copies of a dataset's images, by their places in the manifest: (P, 2) each."""
@@ -106,6 +109,8 @@ def find_leaks(dataset: Dataset, progress: Progress | None = None) -> Leaks:
     """
     key = digest_of([LEAKS_VERSION, dataset.split_digest, dataset.facts.get("split"), dataset.facts.get("window")])
     file = dataset.folder / ".cache" / f"leaks-{key[:16]}.json"
+    if (known := _found.get(str(file))) is not None:
+        return known
     try:
         stored = read_json(file)
         stored.pop("schema_version", None)
@@ -115,6 +120,7 @@ def find_leaks(dataset: Dataset, progress: Progress | None = None) -> Leaks:
     facts = dataset_facts(dataset, progress)
     leaks = leaks_of(dataset, duplicate_pairs(dataset, facts), scan_order(dataset, facts))
     if facts.good.all():
+        _found[str(file)] = leaks
         with suppress(ZooError):  # a folder that cannot be written: found again the next time
             write_json(file, dict(vars(leaks)))
     return leaks

@@ -1,4 +1,4 @@
-"""Floors: trivial baselines on tiny grey pixels that every trained network must beat."""
+"""Floors: trivial baselines on tiny grey pixels, or on file facts, that every trained network must beat."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from zoo.evaluation.predictions import Predictions
 from zoo.evaluation.statistics import top1_interval
 
 SIDE = 32  # pixels
+FACTS_ALONE = "file facts alone"
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _COMPONENTS = 64
 
@@ -25,11 +26,14 @@ def compute_floors(
     test_y: np.ndarray,
     test_groups: np.ndarray,
     classes: list[str],
+    train_facts: np.ndarray | None = None,
+    test_facts: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-    """Return a row for each floor: the majority class, one nearest neighbour, and logistic regression.
+    """Return a row for each floor: the majority class, one nearest neighbour, and logistic regressions.
 
     images: uint8, (N, 32, 32, 3), (N, 32, 32) or flattened (N, D); colour is turned to grey. y: (N,) int in
-    [0, C). test_groups: (N,) str, what `test_top1_ci` resamples. Each row has `name`, `test_top1`,
+    [0, C). test_groups: (N,) str, what `test_top1_ci` resamples. facts: (N, D) of `fact_columns`, what is known of the
+    files without looking at the picture; left out, there is no such floor. Each row has `name`, `test_top1`,
     `test_balanced_accuracy`, `test_macro_f1`, `test_top1_ci` [low, high]; the same input gives the same rows.
     Raises ZooError where there is no training or test image.
     """
@@ -37,16 +41,20 @@ def compute_floors(
         raise ZooError(
             f"floors need training and test images. Got {len(train_images)} and {len(test_images)}; split again"
         )
-    train_x, test_x = _grey(train_images), _grey(test_images)
+    train_pixels, test_pixels = _grey(train_images), _grey(test_images)
     floors: dict[str, Callable[[], Any]] = {
-        "majority class": _majority,
-        f"1-NN on {SIDE}x{SIDE} pixels": _nearest_neighbour,
-        f"logistic regression on {SIDE}x{SIDE} pixels": lambda: _logistic_regression(train_x.shape),
+        "majority class": majority,
+        f"1-NN on {SIDE}x{SIDE} pixels": nearest_neighbour,
+        f"logistic regression on {SIDE}x{SIDE} pixels": lambda: logistic_regression(train_pixels.shape),
     }
     rows = []
+    if train_facts is not None and test_facts is not None:
+        floors[f"logistic regression on {FACTS_ALONE}"] = lambda: logistic_regression(train_facts.shape, 1.0)
     for name, make in floors.items():
         # One class alone leaves nothing to fit.
-        model = make() if len(np.unique(train_y)) > 1 else _majority()
+        model = make() if len(np.unique(train_y)) > 1 else majority()
+        on_facts = name.endswith(FACTS_ALONE)
+        train_x, test_x = (train_facts, test_facts) if on_facts else (train_pixels, test_pixels)
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # constant images, or not converged: still a floor
             y_pred = model.fit(train_x, train_y).predict(test_x)
@@ -62,19 +70,39 @@ def _grey(images: np.ndarray) -> np.ndarray:
     return grey.reshape(len(images), -1).astype(np.float32)
 
 
-def _majority() -> Any:
+def fact_columns(facts: dict[str, np.ndarray]) -> np.ndarray:
+    """Return facts of files as columns of numbers (N, D) float32: texts as one column for each that occurs.
+
+    facts: name to (N,) numbers or texts.
+
+    >>> fact_columns({"bytes": np.array([1, 2]), "mode": np.array(["L", "RGB"])}).tolist()
+    [[1.0, 1.0, 0.0], [2.0, 0.0, 1.0]]
+    """
+    columns = []
+    for values in facts.values():
+        if values.dtype.kind in "US":
+            columns += [(values == each).astype(np.float32) for each in np.unique(values)]
+        else:
+            columns.append(values.astype(np.float32))
+    return np.stack(columns, axis=1)
+
+
+def majority() -> Any:
+    """Return the model that always says the most frequent class."""
     from sklearn.dummy import DummyClassifier
 
     return DummyClassifier(strategy="most_frequent")
 
 
-def _nearest_neighbour() -> Any:
+def nearest_neighbour() -> Any:
+    """Return the model that says the class of the nearest training image."""
     from sklearn.neighbors import KNeighborsClassifier
 
     return KNeighborsClassifier(n_neighbors=1, algorithm="brute")
 
 
-def _logistic_regression(shape: tuple[int, ...]) -> Any:
+def logistic_regression(shape: tuple[int, ...], c: float = 0.01) -> Any:
+    """Return a logistic regression on standardised inputs of this shape (N, D), by 64 components at most."""
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -82,7 +110,7 @@ def _logistic_regression(shape: tuple[int, ...]) -> Any:
 
     # Few components make it a matter of seconds for thousands of images, and the same on every run.
     components = PCA(min(_COMPONENTS, *shape), svd_solver="covariance_eigh")
-    return make_pipeline(StandardScaler(), components, LogisticRegression(C=0.01, max_iter=500))
+    return make_pipeline(StandardScaler(), components, LogisticRegression(C=c, max_iter=500))
 
 
 def _row(y_pred: np.ndarray, y_true: np.ndarray, groups: np.ndarray, classes: list[str]) -> dict[str, Any]:

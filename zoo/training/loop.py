@@ -74,15 +74,17 @@ def train(
     *,
     offline: bool = False,
     bad_images: str | None = None,
+    accept_leaks: bool = False,
     on_tick: OnTick | None = None,
 ) -> Run:
     """Train a recipe on a dataset and return the run; a finished run is returned as it is.
 
-    Only train and val are opened; the kept weights are the best on val by the recipe's metric.
+    Only train and val are opened; the kept weights are the best on val by the recipe's metric. A dataset whose
+    splits leak (`zoo.data.leaks`) is refused unless accept_leaks, which every table of the run then says.
     Raises ZooError for what the user can mend, before work where it can be known, and Interrupted after Ctrl-C:
     the same call then goes on from the last finished epoch.
     """
-    plan = make_plan(recipe, data, seed, root, offline=offline, bad_images=bad_images)
+    plan = make_plan(recipe, data, seed, root, offline=offline, bad_images=bad_images, accept_leaks=accept_leaks)
     return train_plan(plan, on_tick)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from zoo.data.leaks import refuse_leaks
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.data.window import windowing_of, windowing_of_facts
 from zoo.errors import ZooError, one_line
@@ -42,6 +43,7 @@ class Plan:
     digest: str
     bad_images: str | None
     network: str | None = None
+    leaks_accepted: bool = False
 
     @property
     def run(self) -> Run:
@@ -99,6 +101,7 @@ class Plan:
                 "split_digest": self.dataset.split_digest,
                 "bad_images": self.bad_images,
                 "network": self.network,
+                "leaks_accepted": self.leaks_accepted,
                 "classes": self.dataset.classes,
                 "negative_class": self.dataset.negative_class,
                 # A weights tag would promise what a network from scratch has not.
@@ -141,12 +144,13 @@ def make_plan(
     *,
     offline: bool = False,
     bad_images: str | None = None,
+    accept_leaks: bool = False,
 ) -> Plan:
     """Decide a run and check all that can be checked before work.
 
-    Raises ZooError for an unknown model, weights that cannot be reached or do not fit, a strategy that the model
-    cannot follow, augmentation that does not exist, a device that is not there, and folders that are full or
-    cannot be written.
+    Raises ZooError for a dataset whose splits leak, unless accept_leaks, an unknown model, weights that cannot be
+    reached or do not fit, a strategy that the model cannot follow, augmentation that does not exist, a device that
+    is not there, and folders that are full or cannot be written.
     """
     from zoo.data.transforms import TRANSFORMS_VERSION, make_augment
     from zoo.training.precision import choose_device, choose_plan
@@ -158,6 +162,7 @@ def make_plan(
     dataset = load_dataset(data, root) if isinstance(data, str) else data
     choose_plan(recipe.precision, choose_device(recipe.device))
     spec = find_model(recipe.model.name)
+    leaks_accepted = refuse_leaks(dataset, accept_leaks)
     weights, weights_from, source_run = _weights(recipe, spec, dataset, root, offline)
     preprocessing = _preprocessing(recipe, spec, source_run, dataset)
     make_augment(recipe.policy, recipe.augment.transforms, preprocessing.image_size, seed)
@@ -189,6 +194,7 @@ def make_plan(
         digest=digest_of([recipe_digest, dataset.split_digest, seed]),
         bad_images=bad_images,
         network=network,
+        leaks_accepted=leaks_accepted,
     )
 
 
