@@ -26,6 +26,7 @@ from zoo.data.duplicates import Ints, components, near_pairs
 from zoo.data.ecosystem import find_in_huggingface, find_in_medmnist, find_in_torchvision, is_huggingface
 from zoo.data.facts import ImageFacts, collect, facts_file, write_facts
 from zoo.data.layouts import Found, find_in_csv, find_in_folder, find_in_npz, find_with_labels
+from zoo.data.leaks import describe_leaks, find_leaks
 from zoo.data.look import Look, default_window, subject_of
 from zoo.data.manifest import (
     BAD_IMAGES,
@@ -214,12 +215,19 @@ def describe_import(dataset: Dataset) -> list[str]:
     if split.get("shipped"):
         kept = f"kept as shipped: {', '.join(split['shipped'])}"
         said.append(kept + (f"; cut from train: {', '.join(split['drawn'])}" if split.get("drawn") else ""))
+    for old, new in dataset.facts.get("renamed_classes", {}).items():
+        said.append(f"class {one_line(old, 80)!r} is called {one_line(new, 80)!r} here")
+    if window := dataset.facts.get("window"):
+        said.append(f"values of more than 8 bits are seen through the window {window}; another with --window")
     if copies := counts.get("pixel_copies"):
-        said.append(f"{copies} images have the same pixels as another image; such images share a group")
-    if copies := counts.get("copies_across_splits"):
-        said.append(f"{copies} pictures stand in more than one shipped split, so test scores are too good")
-    if torn := counts.get("groups_across_splits"):
-        said.append(f"{torn} groups stand in more than one shipped split")
+        said.append(f"{copies} images have the same pixels as another image; within a split such images share a group")
+    if torn := split.get("near_duplicates_torn"):
+        said.append(f"near-duplicates are not kept together: {torn}")
+    if dropped := dataset.facts.get("dropped", {}):
+        said.append(f"left out as copies or leaks: {len(dropped)} images, listed in dataset.toml")
+    if (error := split.get("stratification_error")) is not None:
+        said.append(f"stratified: a class's share in a split is at most {100 * error:.1f} points from its share in all")
+    said += describe_leaks(find_leaks(dataset))
     return said
 
 

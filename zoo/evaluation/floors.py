@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from zoo.errors import ZooError
 from zoo.evaluation.metrics import compute_metrics
@@ -55,7 +56,7 @@ def compute_floors(
         model = make() if len(np.unique(train_y)) > 1 else majority()
         on_facts = name.endswith(FACTS_ALONE)
         train_x, test_x = (train_facts, test_facts) if on_facts else (train_pixels, test_pixels)
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
+        with threadpool_limits(1), warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # constant images, or not converged: still a floor
             y_pred = model.fit(train_x, train_y).predict(test_x)
         rows.append({"name": name, **_row(y_pred, test_y, test_groups, classes)})

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from zoo.evaluation.floors import fact_columns, logistic_regression, majority, nearest_neighbour
 from zoo.evaluation.predictions import Predictions
@@ -122,7 +123,8 @@ def _top1(
 ) -> dict[str, Any]:
     """Return top1 and its interval over the test parts of all folds."""
     y_pred = np.full(len(y), -1)
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
+    # One thread: small matrices gain little from two, and lose tenfold where another process wants the core.
+    with threadpool_limits(1), warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # constant pictures, or not converged: still a baseline
         for train, test in folds:
             model = make(x[train].shape) if len(np.unique(y[train])) > 1 else majority()
