@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -196,7 +197,7 @@ def _split_in_folds(name: str, folds: int, seed: int | None, json: bool) -> None
 
 @app.command()
 def audit(
-    name: Annotated[str, typer.Argument(help="Name of the dataset.")],
+    name: Annotated[str, typer.Argument(help="Name of the dataset, or path of a folder that is not imported yet.")],
     group_regex: GroupRegex = None,
     group_blocks: GroupBlocks = None,
     output: Annotated[
@@ -208,10 +209,20 @@ def audit(
     """Judge every file, find copies and leaks, and say what they are worth; exit code 1 where splits leak."""
     from zoo.cli.screen import bars, print_json
     from zoo.errors import EXIT_MISTAKE
+    from zoo.files import home as working_folder
     from zoo.reporting.audit import audit_dataset, write_audit
 
+    folder = Path(name).expanduser()
+    is_folder = (os.sep in name or name in (".", "..")) and folder.is_dir()
+    if is_folder and output is None:
+        output = working_folder().root / f"audit-{folder.resolve().name}"
     with bars(quiet=json) as shown:
-        result = audit_dataset(name, group_regex=group_regex, group_blocks=group_blocks, tell=shown.images)
+        result = audit_dataset(
+            folder.resolve() if is_folder else name,
+            group_regex=group_regex,
+            group_blocks=group_blocks,
+            tell=shown.images,
+        )
     page, _ = write_audit(result, output)
     if json:
         print_json({**result.document, "page": str(page)})
@@ -312,7 +323,9 @@ def _first_pair(document: dict[str, Any], key: str) -> str:
         "exact_duplicate_pairs": examples["exact"],
         "near_duplicate_pairs": examples["near"],
         "label_conflicts": examples.get("label_conflicts", []),
-        "cross_split_leaks": [*examples.get("exact_pairs", []), *examples.get("near_pairs", [])],
+        "cross_split_leaks": [
+            *(examples.get("exact_pairs") or examples.get("near_pairs") or examples.get("scan_order") or []),
+        ],
     }[key]
     return one_line(" = ".join(found[0]), 90) if found else ""
 

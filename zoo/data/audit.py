@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.data.facts import Facts, ImageFacts, look_at_file, wrong_suffix
-from zoo.data.layouts import IMAGE_SUFFIXES
+import pandas as pd
+
+from zoo.data.facts import Facts, ImageFacts, collect, look_at_file, wrong_suffix
+from zoo.data.layouts import IMAGE_SUFFIXES, split_and_label
 from zoo.data.manifest import Dataset, Progress, map_files
-from zoo.data.window import windowing_of_facts
+from zoo.data.window import Windowing, windowing_of_facts
+from zoo.errors import ZooError, one_line
+from zoo.files import sha256_bytes
 
 # What the pages say of each kind; the first ones are worse than the last.
 KINDS = {
@@ -42,6 +46,42 @@ class Finding:
     detail: str = ""
 
 
+def open_folder(folder: Path, progress: Progress | None = None) -> tuple[Dataset, Facts]:
+    """Return a folder of images that is not imported as a dataset, for looking at alone, and the facts of its files.
+
+    Every file below it is one image, whatever it is; the label is the name of its first folder, or, below folders
+    named as splits, of the second. Raises ZooError where there is no file.
+    """
+    paths = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(each for each in folders if not each.startswith(".") and each != "__MACOSX")
+        paths += [(Path(place) / name).relative_to(folder).as_posix() for name in sorted(names) if name[0] != "."]
+    if not paths:
+        raise ZooError(f"there is no file in {one_line(folder)!r}; name a folder of images, or a dataset")
+    rows: list[ImageFacts] = []
+    for each in map_files(lambda path: look_at_file(folder / path, Windowing()), paths):
+        rows.append(each)
+        if progress:
+            progress(len(rows), len(paths))
+    shown = [path.encode(errors="backslashreplace").decode() for path in paths]
+    placed = [split_and_label(path) for path in shown]
+    frame = pd.DataFrame(
+        {
+            "sample_id": [sha256_bytes(path.encode())[:16] for path in shown],
+            "path": shown,
+            "label": [label for _, label in placed],
+            "group": shown,
+            "split": [split or "train" for split, _ in placed],
+            "sha256": [each.sha256 for each in rows],
+            "pixel_sha256": [each.pixel_sha256 or f"none {place}" for place, each in enumerate(rows)],
+        }
+    )
+    classes = sorted({label for _, label in placed})
+    facts = {"import": {"kind": "looked at"}}
+    dataset = Dataset(folder.name, folder, folder, classes, None, frame, "0" * 64, "skip", facts)
+    return dataset, collect(rows, frame["sha256"].tolist())
+
+
 def judge_files(dataset: Dataset, facts: Facts, progress: Progress | None = None) -> list[Finding]:
     """Return what is to be said of single files, worst kinds first.
 
@@ -66,7 +106,8 @@ def _of_manifest(dataset: Dataset, facts: Facts) -> list[Finding]:
         if _HOSTILE.search(path):
             found.append(Finding(path, "hostile_name"))
         if facts.reasons[place]:
-            found.append(Finding(path, "unreadable", str(facts.reasons[place])))
+            kind = "unreadable" if Path(path).suffix.lower() in IMAGE_SUFFIXES else "no_image"
+            found.append(Finding(path, kind, str(facts.reasons[place])))
             continue
         width, height = (int(side) for side in facts.size[place])
         checks = {

@@ -170,6 +170,18 @@ def _add_splits(found: Found, splits: dict[Path, str]) -> None:
         )
 
 
+def split_and_label(path: str) -> tuple[str, str]:
+    """Return split and label that a file's folders name: the first folder, or the second below one named as a split.
+
+    >>> split_and_label("valid/cat/1.png"), split_and_label("cat/old/1.png"), split_and_label("1.png")
+    (('val', 'cat'), ('', 'cat'), ('', ''))
+    """
+    folders = PurePosixPath(path).parts[:-1]
+    split = _SPLIT_OF.get(folders[0].lower(), "") if len(folders) > 1 else ""
+    label = folders[1] if split else folders[0] if folders else ""
+    return split, label
+
+
 def match_classes(of_splits: Sequence[set[str]]) -> dict[str, str] | None:
     """Return each class name to the name that all splits share, or None where the splits' classes do not match.
 

@@ -30,14 +30,14 @@ _EXAMPLES = 50
 class ScanOrder:
     """How often the image most like another has a neighbouring file number (at most 5 away) in its folder.
 
-    share, by_chance: fractions of the images asked, in [0, 1]; across: how many of these neighbours stand in
-    another split.
+    share, by_chance: fractions of the images asked, in [0, 1]; across: the places of those neighbours that stand in
+    different splits, (P, 2).
     """
 
     share: float
     by_chance: float
     asked: int
-    across: int
+    across: Ints
 
     @property
     def found(self) -> bool:
@@ -161,8 +161,12 @@ def leaks_of(dataset: Dataset, pairs: Pairs, order: ScanOrder | None) -> Leaks:
         near_pairs=counts["near_pairs"],
         label_conflicts=counts["label_conflicts"],
         groups=len(torn),
-        scan_order=unknown.across if unknown else 0,
-        examples={**examples, "groups": torn[:_EXAMPLES]},
+        scan_order=len(unknown.across) if unknown else 0,
+        examples={
+            **examples,
+            "scan_order": [[paths[one], paths[other]] for one, other in unknown.across[:_EXAMPLES]] if unknown else [],
+            "groups": torn[:_EXAMPLES],
+        },
     )
     return Leaks(**{**vars(leaks), "remedy": _remedy(dataset, leaks)})
 
@@ -215,7 +219,8 @@ def scan_order(dataset: Dataset, facts: Facts) -> ScanOrder | None:
     splits = dataset.frame["split"].to_numpy(dtype=str)[good]
     sizes = {name: int(count) for name, count in zip(*np.unique(folders, return_counts=True), strict=True)}
     chance = float(np.mean([min(1.0, 2 * _NEIGHBOURS / max(1, sizes[name] - 1)) for name in folders[asked].tolist()]))
-    across = int((near & (splits[asked] != splits[nearest])).sum())
+    other = near & (splits[asked] != splits[nearest])
+    across = np.stack([good[asked[other]], good[nearest[other]]], axis=1)
     return ScanOrder(float(near.mean()), chance, len(asked), across)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.audit import KINDS, Finding, judge_files
+from zoo.data.audit import KINDS, Finding, judge_files, open_folder
 from zoo.data.decode import BadImage, decode
 from zoo.data.duplicates import Ints, components
 from zoo.data.facts import Facts, dataset_facts, file_facts
@@ -55,7 +55,7 @@ class Audit:
 
 
 def audit_dataset(
-    data: Dataset | str,
+    data: Dataset | str | Path,
     root: Home | None = None,
     *,
     group_regex: str | None = None,
@@ -64,13 +64,17 @@ def audit_dataset(
 ) -> Audit:
     """Look at every file of a dataset once and return what is to be known before training on it.
 
+    data: a dataset or its name; a Path is a folder that is not imported yet, whose files are all judged.
     group_regex, group_blocks: another way of grouping to try in the leak tax, without changing the split. tell:
     given a step's name, returns the callback for its progress. Raises ZooError where the dataset is not there.
     """
-    dataset = load_dataset(data, root) if isinstance(data, str) else data
     begin = tell or (lambda _: lambda done, total: None)
-    facts = dataset_facts(dataset, begin("reading"))
-    if not facts.good.any():
+    if isinstance(data, Path):
+        dataset, facts = open_folder(data, begin("reading"))
+    else:
+        dataset = load_dataset(data, root) if isinstance(data, str) else data
+        facts = dataset_facts(dataset, begin("reading"))
+    if not facts.good.any() and not isinstance(data, Path):
         raise ZooError(f"no image of {dataset.name!r} can be read (below {str(dataset.root)!r}); import the data again")
     findings = judge_files(dataset, facts, begin("other files"))
     pairs, order = duplicate_pairs(dataset, facts), scan_order(dataset, facts)
@@ -80,6 +84,10 @@ def audit_dataset(
     place = {label: number for number, label in enumerate(dataset.classes)}
     y_true = np.array([place[label] for label in dataset.frame["label"]], np.int64)[good]
     splits = dataset.frame["split"].to_numpy(dtype=str)[good]
+    if len(good) < 2 or len(set(y_true.tolist())) < 2:
+        document = _document(dataset, facts, findings, pairs, leaks, order)
+        document |= {"leak_tax": {"images": len(good), "grouped_by": way}, "shortcuts": [], "ok": leaks.ok}
+        return Audit(dataset, document, findings, leaks, pairs)
     tax = leak_tax(facts.small[good], y_true, splits, {name: each[good] for name, each in groups.items()})
     columns = {name: values[good] for name, values in file_facts(facts).items()}
     rows = shortcuts(columns, y_true, dataset.frame["group"].to_numpy(dtype=str)[good])
@@ -187,7 +195,7 @@ def tax_rows(document: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         if each is None:
             continue
         nearest, logistic = _score(each["nearest_neighbour"]), _score(each["logistic_regression"])
-        rows.append((name, str(each["groups"]), nearest, logistic))
+        rows.append((name, str(each["groups"]) if key != "random" else "–", nearest, logistic))
     return rows
 
 
@@ -211,6 +219,7 @@ def audit_page(audit: Audit) -> str:
     shown = {
         "The same picture in different splits": leaks.examples.get("exact_pairs", []),
         "Nearly the same picture in different splits": leaks.examples.get("near_pairs", []),
+        "Neighbouring file numbers in different splits": leaks.examples.get("scan_order", []),
         "The same picture with different labels": leaks.examples.get("label_conflicts", []),
         "The same picture twice": document["examples"]["exact"],
         "Nearly the same picture twice": document["examples"]["near"],

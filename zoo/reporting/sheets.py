@@ -75,9 +75,9 @@ def _pixels(dataset: Dataset, path: str) -> Image | None:
 
 
 def _one_of_each(dataset: Dataset, seed: int) -> dict[str, Image]:
-    """Return a training image of each of the first three classes that can be read."""
+    """Return a training image of each of the first two classes that can be read."""
     found: dict[str, Image] = {}
-    for label in dataset.classes[:3]:
+    for label in dataset.classes[:2]:
         readable = [pixels for _, pixels in _drawn(dataset, "train", label, 5, seed) if pixels is not None]
         if readable:
             found[label] = readable[0]
@@ -144,8 +144,7 @@ def _cell(axes: Any, pixels: Image | None, wanted: bool) -> None:
 
 
 def _short(label: str) -> str:
-    text = one_line(label, 60)
-    return "\n".join(text[start : start + 14] for start in range(0, len(text), 14))
+    return _lines(one_line(label, 60), 15)
 
 
 def plot_leak_tax(document: dict[str, Any]) -> Figure:
@@ -167,7 +166,11 @@ def plot_leak_tax(document: dict[str, Any]) -> Figure:
             axes.annotate(
                 f"{score['top1']:.3f}", (high, height), (5, 0), textcoords="offset points", va="center", fontsize=7
             )
-    axes.set_yticks(range(len(keys)), [_lines(f"{row[0]} ({row[1]} groups)") for row in rows], fontsize=7.5)
+    axes.set_yticks(
+        range(len(keys)),
+        [_lines(row[0] + (f" ({row[1]} groups)" if row[1] != "–" else "")) for row in rows],
+        fontsize=7.5,
+    )
     axes.set_ylim(len(keys) - 0.5, -0.5)
     axes.set_xlim(max(0.0, axes.get_xlim()[0]), 1.06)
     axes.set_xlabel("top-1 on 32 x 32 grey pixels, with 95 % interval", fontsize=7.5)
