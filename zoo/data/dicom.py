@@ -77,6 +77,7 @@ def dicom_pixels(data: bytes, windowing: Windowing, max_pixels: int) -> np.ndarr
 
 
 def _why_undecodable(dataset: Any, kind: str) -> str:
+    """Return in a few words why `_check_header` let a DICOM pass that then could not be decoded."""
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_compressed:
         return f"cannot decode the DICOM transfer syntax {syntax.name} ({kind})"
@@ -203,8 +204,13 @@ def _check_header(dataset: Any, max_pixels: int) -> None:
         raise DicomFault(f"too large: {columns} x {rows} pixels, more than {max_pixels}")
     if frames > 1:
         raise DicomFault(f"DICOM of {frames} frames; save each frame that counts as a file of its own")
-    _check_codestream(dataset, rows, columns)
-    _check_decoder(dataset)
+    try:
+        _check_codestream(dataset, rows, columns)
+        _check_decoder(dataset)
+    except DicomFault:
+        raise
+    except Exception as error:  # a transfer syntax that is none
+        raise DicomFault(f"unreadable DICOM ({type(error).__name__})") from None
 
 
 def _check_codestream(dataset: Any, rows: int, columns: int) -> None:

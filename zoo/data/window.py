@@ -44,7 +44,7 @@ class Windowing:
         values = np.nan_to_num(values.astype(np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
         channels = []
         for center, width in self.windows:
-            scaled = (values - (center - width / 2)) * (255.0 / width)
+            scaled = (values - (center - width / 2)) * 255.0 / width
             channels.append(np.floor(np.clip(scaled, 0.0, 255.0) + 0.5).astype(np.uint8))
         return np.stack(channels * (3 // len(channels)), axis=2)
 
