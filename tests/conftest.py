@@ -149,3 +149,28 @@ def make_recipe() -> Callable[..., Recipe]:
         return parse_recipe(FULL, name, {key.replace("__", "."): value for key, value in overrides.items()})
 
     return make
+
+
+def draw_scene(seed: int, side: int = 64) -> Any:
+    """Return a smooth random picture with structure, as photographs have it: uint8 (side, side, 3)."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(seed)
+    small = Image.fromarray(draw.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    return np.asarray(small.resize((side, side), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture
+def write_scenes() -> Callable[..., Path]:
+    """Return `write_scenes(folder, {"train/a": range(10), ...})`: different pictures, numbered, as PNG files."""
+    from PIL import Image
+
+    def write(folder: Path, seeds: dict[str, Any]) -> Path:
+        for name, numbers in seeds.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for number in numbers:
+                Image.fromarray(draw_scene(number)).save(folder / name / f"{number:05}.png")
+        return folder
+
+    return write

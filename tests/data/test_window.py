@@ -70,7 +70,7 @@ def test_32_bit_and_float_tiff_are_windowed_and_refused_without_a_window():
     for kind in (np.int32, np.float32):
         data = encoded(Image.fromarray(values.astype(kind)), "TIFF")
         assert (decode(data, window) == window.grey(values)).all()
-        with pytest.raises(BadImage, match="32-bit values|floating-point pixels"):
+        with pytest.raises(BadImage, match=r"32-bit values|floating-point pixels"):
             decode(data)
 
 

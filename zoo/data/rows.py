@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,19 +157,15 @@ def repair_rows(
             dropped |= _spare(rows, same)
     if across_splits:
         for same in copies.values():
-            best = min(same, key=lambda place: _KEPT_FIRST[rows[place][4]])
-            for place in same:
-                _drop_lesser(rows, place, best, "the same picture stands in", dropped)
+            _keep_best(rows, same, "the same picture stands in", dropped)
         # Likes of test go first: what has gone from val then takes nothing from train.
         for one, other in sorted(near.tolist(), key=lambda pair: min(_KEPT_FIRST[rows[each][4]] for each in pair)):
-            _drop_lesser(rows, one, other, "nearly the same picture stands in", dropped)
-        first_of: dict[str, int] = {}
+            _keep_best(rows, (one, other), "nearly the same picture stands in", dropped)
+        groups: dict[str, list[int]] = {}
         for place, row in enumerate(rows):
-            best = first_of.setdefault(row[3], place)
-            if _KEPT_FIRST[row[4]] < _KEPT_FIRST[rows[best][4]]:
-                first_of[row[3]] = place
-        for place, row in enumerate(rows):
-            _drop_lesser(rows, place, first_of[row[3]], f"its group {one_line(row[3], 60)!r} stands in", dropped)
+            groups.setdefault(row[3], []).append(place)
+        for group, members in groups.items():
+            _keep_best(rows, members, f"its group {one_line(group, 60)!r} stands in", dropped)
     kept = [row for place, row in enumerate(rows) if place not in dropped]
     return kept, {rows[place][1]: reason for place, reason in sorted(dropped.items())}
 
@@ -183,12 +179,13 @@ def _spare(rows: Sequence[Row], same: Sequence[int]) -> dict[int, str]:
     return {place: f"copy of {one_line(rows[stays][1], 200)}" for place in same if place != stays}
 
 
-def _drop_lesser(rows: Sequence[Row], one: int, other: int, why: str, dropped: dict[int, str]) -> None:
-    """Drop that of two images of different splits which stands in train, or in val beside test."""
-    if rows[one][4] == rows[other][4] or dropped.get(one, dropped.get(other)) is not None:
-        return
-    lesser, better = sorted((one, other), key=lambda place: -_KEPT_FIRST[rows[place][4]])
-    dropped[lesser] = f"{why} {rows[better][4]}: {one_line(rows[better][1], 200)}"
+def _keep_best(rows: Sequence[Row], alike: Iterable[int], why: str, dropped: dict[int, str]) -> None:
+    """Of images that belong together and still stand, drop those of lesser splits: train below val below test."""
+    standing = [place for place in alike if place not in dropped]
+    best = min(standing, key=lambda place: _KEPT_FIRST[rows[place][4]], default=0)
+    for place in standing:
+        if rows[place][4] != rows[best][4]:
+            dropped[place] = f"{why} {rows[best][4]}: {one_line(rows[best][1], 200)}"
 
 
 def _draw(found: Found, groups: Sequence[str], names: Sequence[str], ratios: Sequence[float], seed: int) -> list[str]:

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import draw_scene
+from PIL import Image
+
+from zoo.data.facts import dataset_facts, facts_file
+from zoo.data.leaks import find_leaks, refuse_leaks, scan_order
+from zoo.data.manifest import load_dataset
+from zoo.data.resplit import resplit_dataset
+from zoo.data.sources import describe_import, import_dataset
+from zoo.errors import ZooError
+
+SPLIT = {
+    "train/a": range(20),
+    "train/b": range(20, 40),
+    "val/a": range(40, 46),
+    "val/b": range(46, 52),
+    "test/a": range(52, 58),
+    "test/b": range(58, 64),
+}
+
+
+@pytest.fixture
+def source(tmp_path, write_scenes):
+    return write_scenes(tmp_path / "source", SPLIT)
+
+
+def test_an_honest_split_has_no_leaks(root, source):
+    dataset = import_dataset(source, "mine", root)
+    leaks = find_leaks(dataset)
+    assert (leaks.ok, leaks.count, leaks.remedy, leaks.sentences()) == (True, 0, "", [])
+    assert refuse_leaks(dataset, accept=False) is False
+    assert not any("LEAKS" in line for line in describe_import(dataset))
+
+
+def test_planted_copies_are_found_and_refused(root, source):
+    shutil.copy(source / "train/a/00003.png", source / "test/a/copy.png")
+    Image.open(source / "train/b/00025.png").save(source / "test/b/again.jpg", quality=70)
+    Image.open(source / "train/b/00026.png").resize((48, 48)).save(source / "val/b/smaller.png")
+    dataset = import_dataset(source, "mine", root)
+    leaks = find_leaks(dataset)
+    assert (leaks.exact_pairs, leaks.near_pairs, leaks.ok) == (1, 2, False)
+    assert leaks.examples["exact_pairs"] == [["test/a/copy.png", "train/a/00003.png"]]
+    assert "zoo data split mine --repair" in leaks.remedy
+    with pytest.raises(ZooError, match=r"dataset 'mine' leaks: 1 pairs .*--repair.*--accept-leaks"):
+        refuse_leaks(dataset, accept=False)
+    assert refuse_leaks(dataset, accept=True) is True
+    assert any(line.startswith("LEAKS: ") for line in describe_import(dataset))
+
+
+def test_train_and_bench_refuse_a_leaking_test_split_and_go_on_where_it_is_accepted(tiny, source, make_recipe):
+    from zoo.benchmark.suite import bench, comparison_of
+    from zoo.reporting.tables import title
+    from zoo.training.loop import train
+
+    shutil.copy(source / "train/a/00003.png", source / "test/a/copy.png")
+    import_dataset(source, "leaking", tiny)
+    with pytest.raises(ZooError, match="dataset 'leaking' leaks"):
+        train("tiny-lp", "leaking", 0, tiny)
+    with pytest.raises(ZooError, match="dataset 'leaking' leaks"):
+        bench(data="leaking", recipes=["tiny-lp"], seeds=1, root=tiny)
+    assert not list(tiny.runs.glob("leaking*"))
+    run = train("tiny-lp", "leaking", 0, tiny, accept_leaks=True)
+    assert run.record.leaks_accepted
+    result = bench(data="leaking", recipes=["tiny-lp"], seeds=1, root=tiny, accept_leaks=True)
+    assert result.comparison.leaks_accepted
+    assert result.comparison.document()["leaks_accepted"] is True
+    assert "LEAKS ACCEPTED" in (result.folder / "table.md").read_text().splitlines()[0]
+    assert title(comparison_of(data="leaking", root=tiny)).endswith("LEAKS ACCEPTED")
+
+
+def test_a_run_on_an_honest_split_says_nothing_of_leaks(trained):
+    from zoo.benchmark.suite import comparison_of
+
+    comparison = comparison_of(data="tiny", root=trained)
+    assert comparison.leaks_accepted is False
+
+
+def test_a_group_in_two_splits_is_a_leak(root, source):
+    dataset = import_dataset(source, "mine", root)
+    frame = dataset.frame
+    lines = ["path,label,split,group"]
+    for row in frame.itertuples():
+        lines.append(f"{row.path},{row.label},{row.split},{'torn' if row.Index in (0, 30) else row.sample_id}")
+    (source / "mine.csv").write_text("\n".join(lines))
+    torn = find_leaks(import_dataset(source / "mine.csv", "torn", root))
+    assert (torn.groups, torn.examples["groups"]) == (1, ["torn"])
+
+
+def test_copies_with_two_labels_are_refused_wherever_they_stand(root, source):
+    shutil.copy(source / "train/a/00003.png", source / "train/b/other-label.png")
+    leaks = find_leaks(import_dataset(source, "mine", root))
+    assert (leaks.label_conflicts, leaks.count, leaks.ok) == (1, 0, False)
+    assert "--drop-duplicates" in leaks.remedy
+    mended = resplit_dataset("mine", root, drop_duplicates=True)
+    assert find_leaks(mended).ok
+    assert set(mended.facts["dropped"]) == {"train/a/00003.png", "train/b/other-label.png"}
+
+
+def test_the_answer_is_remembered_by_the_splits_digest_and_needs_no_image(root, source):
+    dataset = import_dataset(source, "mine", root)
+    assert facts_file(dataset).is_file()  # from the import itself
+    assert find_leaks(dataset).ok
+    shutil.rmtree(source)
+    assert find_leaks(load_dataset("mine", root)).ok
+
+
+def test_images_that_are_gone_are_no_leaks_and_are_not_remembered(root, source):
+    dataset = import_dataset(source, "mine", root)
+    shutil.rmtree(dataset.folder / ".cache")
+    (source / "test/a/00052.png").unlink()
+    facts = dataset_facts(dataset)
+    assert facts.reasons[dataset.frame["path"].tolist().index("test/a/00052.png")] == "gone"
+    assert not facts_file(dataset).exists()
+    assert find_leaks(dataset).ok
+
+
+def write_scans(folder, patients: int = 12, slices: int = 12):
+    """Write slices numbered in scan order: those of one patient glide from one picture to another."""
+    number = 0
+    for patient in range(patients):
+        label = "ab"[patient % 2]
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        first, last = draw_scene(1000 + patient).astype(float), draw_scene(2000 + patient).astype(float)
+        for place in range(slices):
+            number += 1
+            part = place / slices
+            pixels = (first * (1 - part) + last * part).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"slice ({number}).png")
+    return folder
+
+
+def test_numbers_in_scan_order_are_found_and_refused_until_they_are_grouped(root, tmp_path):
+    dataset = import_dataset(write_scans(tmp_path / "scans"), "scans", root)
+    order = scan_order(dataset, dataset_facts(dataset))
+    assert order is not None
+    assert order.found
+    assert order.share > 0.9
+    leaks = find_leaks(dataset)
+    assert leaks.scan_order > 10
+    assert "--group-blocks 20" in leaks.remedy
+    grouped = resplit_dataset("scans", root, group_blocks=12)
+    assert find_leaks(grouped).ok
+    assert grouped.split_digest != dataset.split_digest
+
+
+def test_numbers_without_order_are_no_leak(root, tmp_path, write_scenes):
+    folder = write_scenes(tmp_path / "photos", {"a": range(300, 360), "b": range(400, 460)})
+    dataset = import_dataset(folder, "photos", root)
+    order = scan_order(dataset, dataset_facts(dataset))
+    assert order is not None
+    assert not order.found
+
+
+def test_near_duplicates_are_kept_together_by_default(root, tmp_path, write_scenes):
+    folder = write_scenes(tmp_path / "photos", {"a": range(300, 340), "b": range(400, 440)})
+    for number in range(300, 340, 2):
+        Image.open(folder / "a" / f"{number:05}.png").save(folder / "a" / f"copy-{number:05}.jpg", quality=80)
+    dataset = import_dataset(folder, "photos", root)
+    assert dataset.facts["split"]["near_duplicates"] is True
+    assert find_leaks(dataset).ok
+    torn = import_dataset(folder, "torn", root, near_duplicates=False)
+    assert find_leaks(torn).near_pairs > 3
+    assert "--group-near-duplicates" in find_leaks(torn).remedy
+    assert find_leaks(resplit_dataset("torn", root, near_duplicates=True)).ok
