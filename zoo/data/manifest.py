@@ -87,12 +87,15 @@ def load_dataset(name: str, root: Home | None = None, *, make_builtin: bool = Tr
             made = import_dataset(name, name, root)
             made.facts["made_now"] = True
             return made
+        _refuse_without_images(name)
         known = [each["name"] for each in list_datasets(root)]
         raise ZooError(
             f"there is no dataset {name!r}{nearest(name, known)}; import one with "
             f"`zoo data import SOURCE --name {name}` (here are: {', '.join(known) or 'none'})"
         )
     record = _read_record(folder)
+    if "original" in record and not (folder / record["root"]).is_dir():
+        _refuse_without_images(str(record["name"]))
     data = _read_bytes(folder / "manifest.csv")
     rows = _parse_manifest(data, folder / "manifest.csv")
     _check_rows(rows, record["classes"], folder / "manifest.csv")
@@ -109,18 +112,38 @@ def load_dataset(name: str, root: Home | None = None, *, make_builtin: bool = Tr
     )
 
 
+def _refuse_without_images(name: str) -> None:
+    """Raise ZooError where a name is that of a public data set, which has to be downloaded first."""
+    from zoo.data.canonical import canonical_names, canonical_record
+
+    if name in canonical_names():
+        raise ZooError(
+            f"the data set {name!r} is not here; download it ({canonical_record(name).get('source', '')}) and "
+            f"`zoo data import {name} --from FOLDER_OR_ZIP`"
+        )
+
+
 def list_datasets(root: Home | None = None) -> list[dict[str, Any]]:
     """Return name, status, images, classes and summary of every dataset here and of every built-in one.
 
-    status: `ready`, `built-in` (made on first use) or, for a `dataset.toml` that cannot be read,
-    `damaged: <why>`.
+    status: `ready`, `built-in` (made on first use), `to import with --from` (public data that has to be downloaded)
+    or, for a `dataset.toml` that cannot be read, `damaged: <why>`.
     """
+    from zoo.data.canonical import canonical_names
     from zoo.data.sources import builtin_names
 
     rows: dict[str, dict[str, Any]] = {
         name: {"name": name, "status": "built-in", "images": None, "classes": None, "summary": summary}
         for name, summary in builtin_names().items()
     }
+    for name, summary in canonical_names().items():
+        rows[name] = {
+            "name": name,
+            "status": "to import with --from",
+            "images": None,
+            "classes": None,
+            "summary": summary,
+        }
     folder = (root or home()).data
     for path in sorted(folder.glob("*/dataset.toml")):
         name = path.parent.name
@@ -135,6 +158,8 @@ def list_datasets(root: Home | None = None) -> list[dict[str, Any]]:
             record = _read_record(path.parent)
             row |= {"classes": len(record["classes"]), "summary": str(record.get("summary", ""))}
             row["images"] = record.get("counts", {}).get("images")
+            if "original" in record and not (path.parent / record["root"]).is_dir():
+                row["status"] = "to import with --from"
         except ZooError as error:
             row["status"] = f"damaged: {error}"
         rows[name] = row

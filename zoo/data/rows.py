@@ -176,7 +176,12 @@ def _spare(rows: Sequence[Row], same: Sequence[int]) -> dict[int, str]:
         labels = " and ".join(sorted({one_line(rows[place][2], 40) for place in same}))
         return dict.fromkeys(same, f"the same picture is labelled {labels}")
     stays = min(same, key=lambda place: (_KEPT_FIRST[rows[place][4]], rows[place][1]))
-    return {place: f"copy of {one_line(rows[stays][1], 200)}" for place in same if place != stays}
+    split, name = rows[stays][4], one_line(rows[stays][1], 200)
+    return {
+        place: f"copy of {name}" if rows[place][4] == split else f"the same picture stands in {split}: {name}"
+        for place in same
+        if place != stays
+    }
 
 
 def _keep_best(rows: Sequence[Row], alike: Iterable[int], why: str, dropped: dict[int, str]) -> None:
