@@ -168,7 +168,7 @@ def test_runs_are_compared_by_name_or_by_dataset(trained):
     frame = compare(data="tiny")
     assert set(frame["recipe"]) == {"tiny", "tiny-lp"}
     assert compare(names).equals(frame)
-    assert len(frame.attrs["floors"]) == 3
+    assert len(frame.attrs["floors"]) == 4
     one = comparison_of(names[:1], root=trained)
     assert one.images["test"] == 9 and one.floors
 

@@ -270,8 +270,8 @@ def test_leaks_between_shipped_splits_are_counted_and_not_mended(root, tmp_path)
     assert dataset.facts["counts"]["groups_across_splits"] == 2
     assert len(dataset.of_split("test")) == 10
     said = " ".join(describe_import(dataset))
-    assert "1 pictures stand in more than one shipped split" in said
-    assert "2 groups stand in more than one shipped split" in said
+    assert "1 pairs of the same picture stand in different splits" in said
+    assert "2 groups stand in more than one split" in said
 
 
 @pytest.mark.parametrize(("shipped", "cut"), [(("train", "test"), "val"), (("train", "valid"), "test")])

@@ -15,6 +15,7 @@ from zoo.evaluation.statistics import top1_interval
 
 FOLDS = 5
 MAX_IMAGES = 10_000
+_TELLING = 0.05  # of top-1 above the most frequent class, below which a fact is no shortcut worth a word
 _BASELINES: dict[str, Callable[[tuple[int, ...]], Any]] = {
     "nearest_neighbour": lambda _: nearest_neighbour(),
     "logistic_regression": logistic_regression,
@@ -58,7 +59,7 @@ def shortcuts(
 
     facts: name to (N,) numbers or texts. A shallow decision tree under 5-fold cross-validation by groups;
     `majority` is what the most frequent class scores under the same folds, `suspicious` whether the interval's
-    lower end is above it.
+    lower end is 5 points above it.
     """
     chosen = _choice(len(y_true), seed)
     y, of_group = y_true[chosen], groups[chosen]
@@ -71,7 +72,14 @@ def shortcuts(
         if (x == x[:1]).all():
             continue  # a fact that all images share tells nothing
         found = _top1(folds, x, y, of_group, classes, _tree)
-        rows.append({"name": name, **found, "majority": base["top1"], "suspicious": found["top1_ci"][0] > base["top1"]})
+        rows.append(
+            {
+                "name": name,
+                **found,
+                "majority": base["top1"],
+                "suspicious": found["top1_ci"][0] > base["top1"] + _TELLING,
+            }
+        )
     return rows
 
 
