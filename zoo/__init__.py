@@ -16,10 +16,12 @@ _PLACES = {
     "Recipe": "zoo.recipe",
     "Run": "zoo.runs",
     "ZooError": "zoo.errors",
+    "audit_dataset": "zoo.reporting.audit",
     "bench": "zoo.benchmark.suite",
     "compare": "zoo.benchmark.suite",
     "create_model": "zoo.models.registry",
     "evaluate": "zoo.training.scoring",
+    "fold_dataset": "zoo.data.resplit",
     "find_model": "zoo.models.registry",
     "find_run": "zoo.runs",
     "home": "zoo.files",
@@ -36,6 +38,8 @@ _PLACES = {
     "plot_test_scores": "zoo.reporting.plots",
     "predictions_of": "zoo.training.scoring",
     "register_model": "zoo.models.registry",
+    "resplit_dataset": "zoo.data.resplit",
+    "show_dataset": "zoo.reporting.sheets",
     "split_summary": "zoo.data.manifest",
     "train": "zoo.training.loop",
 }
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
     from zoo.benchmark.suite import compare as compare
     from zoo.data.manifest import load_dataset as load_dataset
     from zoo.data.manifest import split_summary as split_summary
+    from zoo.data.resplit import fold_dataset as fold_dataset
+    from zoo.data.resplit import resplit_dataset as resplit_dataset
     from zoo.data.sources import import_dataset as import_dataset
     from zoo.deployment.predictor import Predictor as Predictor
     from zoo.errors import ZooError as ZooError
@@ -66,6 +72,8 @@ if TYPE_CHECKING:
     from zoo.recipe import Recipe as Recipe
     from zoo.recipe import list_recipes as list_recipes
     from zoo.recipe import load_recipe as load_recipe
+    from zoo.reporting.audit import audit_dataset as audit_dataset
+    from zoo.reporting.sheets import show_dataset as show_dataset
     from zoo.runs import Run as Run
     from zoo.runs import find_run as find_run
     from zoo.runs import list_runs as list_runs

@@ -68,6 +68,14 @@ def home(root: str | os.PathLike[str] | None = None) -> Home:
     return Home(path)
 
 
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """Return the path that a user means, `~` and `~name` replaced; raises ZooError for a user who is not there."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ZooError(f"there is no home folder for {one_line(text)!r}; write the path in full") from None
+
+
 def builtin_folder(kind: str) -> Path:
     """Return the folder of the built-in files of a kind (`recipes` or `benchmarks`)."""
     package = Path(__file__).parent

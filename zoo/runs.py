@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from zoo.errors import ZooError, nearest, one_line
-from zoo.files import Home, home, read_json, write_json
+from zoo.files import Home, home, read_json, user_path, write_json
 
 SPLITS = ("train", "val", "test")
 
@@ -176,7 +176,7 @@ def find_run(name: str, root: Home | None = None) -> Run:
     Raises ZooError with the nearest name where there is none.
     """
     root = root or home()
-    for path in (root.runs / name, Path(name).expanduser()):
+    for path in (root.runs / name, user_path(name)):
         with suppress(OSError):  # a name that is too long
             if (path / "run.json").is_file():
                 return Run(path)

@@ -313,3 +313,104 @@ def test_real_chest_slices_look_like_lungs(assets):
         assert 90 < seen.mean() < 150
         assert (seen == 55).mean() > 0.03  # air, -1024 HU
         assert (seen == 255).mean() > 0.02
+
+
+def test_nothing_in_nested_items_survives_a_copy():
+    from pydicom.dataset import Dataset
+
+    item = Dataset()
+    item.LUTDescriptor, item.LUTExplanation = [4, 0, 16], f"for {NAME}"
+    item.add_new("LUTData", "US", [0, 5, 9, 12])
+    item.PatientName = NAME
+    data = make_dicom(np.array([[0, 1], [2, 3]], np.uint16), slope=None, PixelDataProviderURL="http://st-elsewhere/A77")
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    dataset.ModalityLUTSequence = [item]
+    dataset.VOILUTSequence = [item]
+    stream = io.BytesIO()
+    dataset.save_as(stream, enforce_file_format=True)
+    window = Windowing(parse_window("6/12"))
+    copy = anonymous_copy(stream.getvalue(), "patient-0123", "00ff")
+    assert (decode(copy, window) == decode(stream.getvalue(), window)).all()
+    for text in (b"Mustermann", b"elsewhere", b"A77"):
+        assert text not in copy
+
+
+def test_names_beside_dicoms_are_hidden_too_and_csv_groups(root, tmp_path):
+    from PIL import Image
+
+    source = write_patients(tmp_path / "dicom", 8)
+    lines = ["path,label,group"]
+    for number, path in enumerate(sorted(source.rglob("*.dcm"))):
+        lines.append(f"dicom/{path.relative_to(source)},{'ab'[number // 2 % 2]},WARD-{number // 2}")
+    for number in range(6):
+        (source / f"DOE_JANE_{number}").mkdir()
+        draw = np.random.default_rng(number)
+        Image.fromarray(draw.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(
+            source / f"DOE_JANE_{number}" / "p.png"
+        )
+        lines.append(f"dicom/DOE_JANE_{number}/p.png,{'ab'[number % 2]},WARD-{90 + number}")
+    (source / "DOE_JANE_0" / "broken.dcm").write_bytes(bytes(128) + b"DICM" + b"x")
+    lines.append("dicom/DOE_JANE_0/broken.dcm,a,WARD-90")
+    (tmp_path / "all.csv").write_text("\n".join(lines))
+    dataset = import_dataset(tmp_path / "all.csv", "ct", root, bad_images="skip")
+    assert len(dataset.frame) == 22
+    for path in (path for path in root.root.rglob("*") if path.is_file()):
+        for text in (b"PAT-0", b"DOE_JANE", b"WARD"):
+            assert text not in path.read_bytes(), path
+            assert text.decode() not in str(path.relative_to(root.root))
+    assert dataset.frame["group"].nunique() == 14
+
+
+def test_patients_are_grouped_again_by_the_same_pseudonyms(root, source):
+    from zoo.data.resplit import resplit_dataset
+
+    dataset = import_dataset(source, "ct", root, labels=source.parent / "labels.csv", copy=False)
+    again = resplit_dataset("ct", root, group_patient=True)
+    assert again.frame["group"].tolist() == dataset.frame["group"].tolist()
+    assert resplit_dataset("ct", root, group_patient=True).split_digest == again.split_digest
+    copied = import_dataset(source, "copied", root, labels=source.parent / "labels.csv")
+    assert resplit_dataset("copied", root, group_patient=True).frame["group"].tolist() == copied.frame["group"].tolist()
+    for wrong in ({"group_regex": "(.)"}, {"group_blocks": 2}):
+        with pytest.raises(ZooError, match="named by pseudonyms"):
+            resplit_dataset("copied", root, **wrong)
+
+
+def test_a_grouping_at_the_import_sees_the_real_names(root, tmp_path):
+    source = write_patients(tmp_path / "dicom", 40, 1)
+    dataset = import_dataset(source, "ct", root, labels=tmp_path / "labels.csv", group_regex=r"PAT-00(\d)")
+    assert dataset.frame["group"].nunique() == 4
+    assert dataset.frame["group"].str.fullmatch(r"(group|patient)-[0-9a-f]{16}").all()
+
+
+def test_a_salt_that_is_damaged_is_refused(root, source):
+    import_dataset(source, "ct", root, labels=source.parent / "labels.csv")
+    for damage in ("", "00ff", "no hex"):
+        (root.data / "ct" / ".salt").write_text(damage)
+        with pytest.raises(ZooError, match="the salt"):
+            import_dataset(source, "ct", root, labels=source.parent / "labels.csv")
+
+
+def test_dicoms_without_ending_or_with_uids_as_names_are_taken(root, tmp_path):
+    source = write_patients(tmp_path / "s", 12, 1)
+    for number, path in enumerate(sorted(source.rglob("*.dcm"))):
+        target = tmp_path / "c" / "ab"[number % 2] / (f"1.2.840.{number}" if number % 3 else f"IM{number}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    dataset = import_dataset(tmp_path / "c", "ct", root)
+    assert len(dataset.frame) == 12
+    assert dataset.facts["window"] == "lung"
+
+
+def test_floating_point_pixels_need_a_window():
+    values = np.array([[-1350.0, 150.0]], np.float32)
+    data = make_dicom(HOUNSFIELD.astype(np.int16))
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    del dataset.PixelData, dataset.RescaleSlope, dataset.RescaleIntercept, dataset.PixelRepresentation, dataset.HighBit
+    del dataset.BitsStored
+    dataset.Rows, dataset.Columns, dataset.BitsAllocated = 1, 2, 32
+    dataset.FloatPixelData = values.tobytes()
+    stream = io.BytesIO()
+    dataset.save_as(stream, enforce_file_format=True)
+    with pytest.raises(BadImage, match="floating-point pixels; name a window"):
+        decode(stream.getvalue())
+    assert decode(stream.getvalue(), LUNG)[0, :, 0].tolist() == [0, 255]

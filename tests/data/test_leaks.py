@@ -109,14 +109,20 @@ def test_the_answer_is_remembered_by_the_splits_digest_and_needs_no_image(root, 
     assert find_leaks(load_dataset("mine", root)).ok
 
 
-def test_images_that_are_gone_are_no_leaks_and_are_not_remembered(root, source):
+def test_what_is_remembered_of_a_file_counts_until_it_changes(root, source):
     dataset = import_dataset(source, "mine", root)
-    shutil.rmtree(dataset.folder / ".cache")
-    (source / "test/a/00052.png").unlink()
-    facts = dataset_facts(dataset)
-    assert facts.reasons[dataset.frame["path"].tolist().index("test/a/00052.png")] == "gone"
-    assert not facts_file(dataset).exists()
-    assert find_leaks(dataset).ok
+    place = dataset.frame["path"].tolist().index("test/a/00052.png")
+    file = source / "test/a/00052.png"
+    old = file.read_bytes()
+    file.unlink()
+    assert dataset_facts(dataset).reasons[place] == "gone"
+    file.write_bytes(b"broken")
+    assert dataset_facts(dataset).reasons[place].startswith("no image")
+    shutil.copy(source / "train/a/00003.png", file)
+    assert dataset_facts(dataset).changed[place]
+    file.write_bytes(old)
+    assert dataset_facts(dataset).good.all()
+    assert not dataset_facts(dataset).changed.any()
 
 
 def write_scans(folder, patients: int = 12, slices: int = 12):
@@ -167,3 +173,17 @@ def test_near_duplicates_are_kept_together_by_default(root, tmp_path, write_scen
     assert find_leaks(torn).near_pairs > 3
     assert "--group-near-duplicates" in find_leaks(torn).remedy
     assert find_leaks(resplit_dataset("torn", root, near_duplicates=True)).ok
+
+
+def test_advice_for_shipped_splits_in_scan_order_helps(root, tmp_path):
+    folder = write_scans(tmp_path / "scans", 40, 12)
+    lines = ["path,label,split"]
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        split = ("train", "train", "val", "test")[number % 4]
+        lines.append(f"{path.relative_to(folder)},{path.parent.name},{split}")
+    (folder / "all.csv").write_text("\n".join(lines))
+    dataset = import_dataset(folder / "all.csv", "scans", root)
+    leaks = find_leaks(dataset)
+    assert leaks.scan_order > 50
+    assert "--force" in leaks.remedy or leaks.near_pairs
+    assert find_leaks(resplit_dataset("scans", root, force=True, group_blocks=20)).ok

@@ -235,3 +235,42 @@ def test_a_repair_leaves_no_leak_and_takes_nothing_from_test(drawn, drop):
     assert manifest_bytes(kept) == manifest_bytes(
         repair_rows(rows, np.zeros((0, 2), np.int64), drop_duplicates=drop)[0]
     )
+
+
+def test_one_repair_is_enough_where_near_copies_have_copies(root, tmp_path, write_scenes):
+    folder = write_scenes(
+        tmp_path / "x",
+        {"train/a": range(9), "train/b": range(20, 29), "val/a": [60], "val/b": [61], "test/a": [62], "test/b": [63]},
+    )
+    shutil.copy(folder / "train/a/00001.png", folder / "test/a/copy.png")
+    Image.open(folder / "train/a/00001.png").save(folder / "train/a/near.jpg", quality=75)
+    import_dataset(folder, "x", root)
+    repaired = resplit_dataset("x", root, repair=True)
+    assert {"train/a/00001.png", "train/a/near.jpg"} == set(repaired.facts["dropped"])
+    assert find_leaks(repaired).ok
+
+
+def test_folds_keep_exact_copies_of_shipped_splits_together(leaking, root):
+    for each in fold_dataset("leaking", 3, root):
+        assert find_leaks(each).ok
+
+
+def test_a_fold_never_replaces_another_dataset(photos, root, tmp_path, write_scenes):
+    other = write_scenes(tmp_path / "other", {"a": range(5), "b": range(9, 14)})
+    stranger = import_dataset(other, "photos-fold1", root)
+    with pytest.raises(ZooError, match="there is a dataset 'photos-fold1' already"):
+        fold_dataset("photos", 3, root)
+    assert load_dataset("photos-fold1", root).split_digest == stranger.split_digest
+    assert not (root.data / "photos-fold0").exists()
+
+
+def test_options_without_effect_are_refused(photos, root):
+    with pytest.raises(ZooError, match="--group-csv needs --group-column"):
+        resplit_dataset("photos", root, group_csv="x.csv")
+    with pytest.raises(ZooError, match="hold near-duplicates already"):
+        resplit_dataset("photos", root, near_duplicates=False)
+
+
+def test_names_of_two_ways_that_mean_different_things_join_nothing():
+    joined = join_groups([["1", "", ""], ["x", "1", "1"]], ["p", "q", "r"])
+    assert joined[0] != joined[1] == joined[2]

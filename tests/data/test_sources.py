@@ -559,3 +559,33 @@ def test_a_disk_that_is_full_is_said_and_nothing_stays(full_disk):
     with pytest.raises(ZooError, match=r"cannot write .*No space left on device; free space on that disk"):
         import_dataset("digits", "digits", Home(full_disk))
     assert list((full_disk / "data").iterdir()) == []
+
+
+def test_an_overwrite_that_fails_leaves_the_old_images(root, tmp_path, source):
+    dataset = import_dataset(source, "mine", root, copy=True)
+    images = sorted(path for path in dataset.root.rglob("*.png"))
+    other = make_folder(tmp_path / "other", ("a", "b"), 9, 5000)
+    lines = ["path,label,split"] + [
+        f"{path.relative_to(tmp_path)},x,train" for path in sorted(other.rglob("*.png"))[:9]
+    ]
+    lines += [
+        f"{path.relative_to(tmp_path)},y,{'val' if n % 2 else 'test'}"
+        for n, path in enumerate(sorted(other.rglob("*.png"))[9:])
+    ]
+    (tmp_path / "bad.csv").write_text("\n".join(lines))
+    with pytest.raises(ZooError, match="class 'y' has no image in train"):
+        import_dataset(tmp_path / "bad.csv", "mine", root, copy=True, overwrite=True)
+    assert sorted(path for path in dataset.root.rglob("*.png")) == images
+    assert load_dataset("mine", root).split_digest == dataset.split_digest
+
+
+def test_an_overwrite_by_images_elsewhere_takes_the_copies_away(root, source):
+    import_dataset(source, "mine", root, copy=True)
+    import_dataset(source, "mine", root, overwrite=True)
+    assert not (root.data / "mine" / "images").exists()
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "~nosuchuser/x.csv"])
+def test_a_user_who_is_not_there(root, path):
+    with pytest.raises(ZooError, match="no home folder for"):
+        import_dataset(path, "mine", root)

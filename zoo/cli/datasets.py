@@ -155,9 +155,13 @@ def split(
     from zoo.data.manifest import load_dataset
     from zoo.data.resplit import resplit_dataset
     from zoo.data.sources import describe_import
+    from zoo.errors import ZooError
 
     before = load_dataset(name)
     if folds is not None:
+        others = (ratios, group_column, group_csv, group_regex, group_blocks, group_patient or None, near_duplicates)
+        if any(each is not None for each in others) or drop_duplicates or repair or force:
+            raise ZooError("--folds goes with --seed alone; group, repair or drop first, in a split of its own")
         _split_in_folds(name, folds, seed, json)
         return
     with bars(quiet=json) as shown:
@@ -177,7 +181,8 @@ def split(
             force=force,
             progress=shown.images("reading"),
         )
-    gone = {path: why for path, why in dataset.facts.get("dropped", {}).items() if path in set(before.frame["path"])}
+    stood = set(before.frame["path"])
+    gone = {path: why for path, why in dataset.facts.get("dropped", {}).items() if path in stood}
     _print_split(dataset, json, describe_import(dataset), gone)
 
 
@@ -210,10 +215,11 @@ def audit(
     from zoo.cli.screen import bars, print_json
     from zoo.errors import EXIT_MISTAKE
     from zoo.files import home as working_folder
+    from zoo.files import user_path
     from zoo.reporting.audit import audit_dataset, write_audit
 
-    folder = Path(name).expanduser()
-    is_folder = (os.sep in name or name in (".", "..")) and folder.is_dir()
+    folder = user_path(name)
+    is_folder = (os.sep in name or name in (".", "..")) and os.path.isdir(folder)  # noqa: PTH112  takes long names
     if is_folder and output is None:
         output = working_folder().root / f"audit-{folder.resolve().name}"
     with bars(quiet=json) as shown:

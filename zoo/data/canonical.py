@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,9 +14,19 @@ from typing import Any
 from zoo.data.layouts import IMAGE_SUFFIXES, Found, find_in_folder
 from zoo.data.manifest import Progress, Row, read_rows
 from zoo.errors import ZooError, one_line
-from zoo.files import builtin_folder, read_toml, sha256_bytes, write_error
+from zoo.files import builtin_folder, read_toml, sha256_bytes, user_path, write_error
 
 _MAX_MEMBER_BYTES = 256 << 20
+_ZIP_FAULTS = (
+    OSError,
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 def canonical_names() -> dict[str, str]:
@@ -147,7 +159,16 @@ def _members(archive: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                         f"{one_line(archive)!r}: {one_line(path)!r} is too large: {member.file_size >> 20} MiB"
                     )
                 yield path, opened.read(member)
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, EOFError, ValueError) as error:
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        zlib.error,
+        lzma.LZMAError,
+    ) as error:
         raise ZooError(f"cannot read {one_line(archive)!r} as a .zip: {one_line(error)}; download it again") from error
 
 
@@ -172,7 +193,7 @@ def check_original(name: str, original: str | Path | None) -> Path:
             f"{name} is not downloaded here; download it ({source}) and give its folder or .zip: "
             f"`zoo data import {name} --from FOLDER_OR_ZIP`"
         )
-    path = Path(original).expanduser()
+    path = user_path(original)
     if not path.is_dir() and not (path.is_file() and zipfile.is_zipfile(path)):
         raise ZooError(f"--from must be a folder or a .zip. Got {one_line(original)!r}; give the original download")
     return path.resolve()

@@ -53,7 +53,8 @@ _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _CUT_OFF = re.compile(
-    r"truncated|requires a buffer|not enough|unexpected end|buffer overrun|incomplete|end of file|broken data|no more data",
+    r"truncated|requires a buffer|not enough|unexpected end|buffer overrun|incomplete|end of file|broken data|no "
+    "more data",
     re.I,
 )
 _TIFF_TILE = (322, 323, 278)  # TileWidth, TileLength, RowsPerStrip

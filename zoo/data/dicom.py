@@ -13,8 +13,9 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,33 @@ from zoo.data.window import Windowing
 _BARE = re.compile(
     rb"(\x02\x00|\x08\x00)[\x00-\x70]\x00(UI|UL|CS|OB|SH|DA|..\x00\x00)|\x00\x08\x00[\x00-\x70](UI|UL|CS|DA)", re.S
 )
-_SYNTAX = re.compile(rb"\x02\x00\x10\x00UI(..)", re.S)
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _NO_IMAGES = frozenset({"RTDOSE", "RTPLAN", "RTSTRUCT", "RTRECORD", "SEG", "SR", "PR", "KO", "REG", "DOC"})
 _PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-# Free text has no place in a copy, whatever group it stands in.
-_TEXT_VRS = frozenset({"LT", "ST", "UT", "UN", "PN", "LO", "SH", "DA", "DT", "TM", "AE", "AS"})
+# All that a copy keeps besides the pixels: numbers and codes that decoding needs, and no free text.
+_KEPT = (
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "PlanarConfiguration",
+    "NumberOfFrames",
+    "Rows",
+    "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+    "RescaleIntercept",
+    "RescaleSlope",
+    *(
+        f"{colour}PaletteColorLookupTable{what}"
+        for colour in ("Red", "Green", "Blue")
+        for what in ("Descriptor", "Data")
+    ),
+    *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
+)
+_MADE_BY_ZOO = "zoo: allow-list of pixel attributes"
 
 
 class DicomFault(Exception):
@@ -43,10 +65,25 @@ class DicomFault(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """Whose image it is: patient or, where no patient is named, the study; and the modality, e.g. CT."""
+    """Whose image it is: patient or, where no patient is named, the study; and the modality, e.g. CT.
+
+    pseudonymous: whether the key is one of the zoo's own pseudonyms already.
+    """
 
     key: str
     modality: str
+    pseudonymous: bool = False
+
+
+def maybe_dicom(file: Path) -> bool:
+    """Return whether a file begins as a DICOM does; one that cannot be read does not."""
+    try:
+        if not file.is_file():  # a pipe would be waited for
+            return False
+        with file.open("rb") as stream:
+            return is_dicom(stream.read(132))
+    except OSError:
+        return False
 
 
 def is_dicom(data: bytes) -> bool:
@@ -77,16 +114,17 @@ def dicom_pixels(data: bytes, windowing: Windowing, max_pixels: int) -> np.ndarr
 
 
 def _why_undecodable(dataset: Any, kind: str) -> str:
-    """Return in a few words why `_check_header` let a DICOM pass that then could not be decoded."""
-    syntax = dataset.file_meta.TransferSyntaxUID
-    if syntax.is_compressed:
-        return f"cannot decode the DICOM transfer syntax {syntax.name} ({kind})"
-    sides = (dataset.get("Rows"), dataset.get("Columns"), dataset.get("BitsAllocated"))
-    samples = dataset.get("SamplesPerPixel") or 1
-    if all(isinstance(each, int) for each in (*sides, samples)):
-        needed = sides[0] * sides[1] * samples * sides[2] // 8
-        if len(dataset.get("PixelData") or b"") < needed:
-            return "truncated"
+    """Return in a few words why a DICOM that passed `_check_header` could then not be decoded."""
+    with suppress(Exception):  # values that cannot be read are part of the damage
+        syntax = dataset.file_meta.TransferSyntaxUID
+        if syntax.is_compressed:
+            return f"cannot decode the DICOM transfer syntax {syntax.name} ({kind})"
+        sides = (dataset.get("Rows"), dataset.get("Columns"), dataset.get("BitsAllocated"))
+        samples = dataset.get("SamplesPerPixel") or 1
+        if all(isinstance(each, int) for each in (*sides, samples)):
+            needed = sides[0] * sides[1] * samples * sides[2] // 8
+            if len(dataset.get("PixelData") or b"") < needed:
+                return "truncated"
     return f"unreadable DICOM ({kind})"
 
 
@@ -97,7 +135,9 @@ def read_subject(data: bytes) -> Subject:
         try:
             keys = (dataset.get("PatientID"), dataset.get("StudyInstanceUID"), dataset.get("SeriesInstanceUID"))
             key = next((str(each).strip() for each in keys if each and str(each).strip()), "")
-            return Subject(key, str(dataset.get("Modality") or ""))
+            ours = str(dataset.get("DeidentificationMethod") or "") == _MADE_BY_ZOO
+            named = re.fullmatch(r"patient-[0-9a-f]{16}", key) is not None
+            return Subject(key, str(dataset.get("Modality") or ""), ours and named)
         except Exception as error:
             raise DicomFault(f"unreadable DICOM ({type(error).__name__})") from None
 
@@ -114,7 +154,7 @@ def pseudonym(key: str, salt: bytes) -> str:
 def anonymous_copy(data: bytes, patient: str, uid: str) -> bytes:
     """Return a DICOM with the same pixels and nothing else but what decoding needs; raises DicomFault.
 
-    Kept are the image's own group 0028 without free text, the pixels as they are encoded, and modality; `patient`
+    Kept are the numbers and codes that decoding needs, the pixels as they are encoded, and modality; `patient`
     stands as PatientID. What is burnt into the pixels stays there. The same input gives the same bytes.
     """
     from pydicom import Dataset
@@ -125,16 +165,15 @@ def anonymous_copy(data: bytes, patient: str, uid: str) -> bytes:
         old = _read(data)
         try:
             copy = Dataset()
-            for element in old:
-                if element.tag.group == 0x0028 and element.VR not in _TEXT_VRS and not element.is_private:
-                    copy.add(element)
-            for keyword in _PIXEL_KEYWORDS:
+            for keyword in (*_KEPT, *_PIXEL_KEYWORDS):
                 if keyword in old:
                     copy.add(old[keyword])
+            if "ModalityLUTSequence" in old:
+                copy.ModalityLUTSequence = [_table_alone(item) for item in old.ModalityLUTSequence]
             instance = f"2.25.{int(uid, 16)}"
             copy.SOPClassUID, copy.SOPInstanceUID = SecondaryCaptureImageStorage, UID(instance)
             copy.PatientID, copy.PatientIdentityRemoved = patient, "YES"
-            copy.DeidentificationMethod = "zoo: allow-list of pixel attributes"
+            copy.DeidentificationMethod = _MADE_BY_ZOO
             if modality := _modality(old):
                 copy.Modality = modality
             meta = FileMetaDataset()
@@ -152,6 +191,17 @@ def anonymous_copy(data: bytes, patient: str, uid: str) -> bytes:
             raise DicomFault(f"unreadable DICOM ({type(error).__name__})") from None
 
 
+def _table_alone(item: Any) -> Any:
+    """Return a modality table's item with its numbers alone: explanations are free text."""
+    from pydicom import Dataset
+
+    kept = Dataset()
+    for keyword in ("LUTDescriptor", "LUTData"):
+        if keyword in item:
+            kept.add(item[keyword])
+    return kept
+
+
 def _modality(dataset: Any) -> str:
     value = str(dataset.get("Modality") or "")
     return value if re.fullmatch(r"[A-Z]{1,16}", value) else ""
@@ -164,8 +214,7 @@ def _read(data: bytes, stop_before_pixels: bool = False) -> Any:
         from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
     except ImportError:
         raise DicomFault("DICOM; install zoo[dicom] to read it") from None
-    syntax = _SYNTAX.search(data, 0, 2048)
-    if syntax and data[syntax.end() : syntax.end() + 24].startswith(_DEFLATED):
+    if _transfer_syntax(data) == _DEFLATED:
         # Unpacking happens before any check of size: 389 kB of it can cost 808 MB.
         raise DicomFault("deflated DICOM is not read; save it without deflation")
     try:
@@ -183,6 +232,21 @@ def _read(data: bytes, stop_before_pixels: bool = False) -> Any:
     except Exception as error:
         raise DicomFault(f"unreadable DICOM ({type(error).__name__})") from None
     return dataset
+
+
+def _transfer_syntax(data: bytes) -> bytes:
+    """Return the transfer syntax that a DICOM's own header names, found without pydicom, which would unpack."""
+    place = 132 if data[128:132] == b"DICM" else 0
+    while data[place : place + 2] == b"\x02\x00" and place + 12 <= len(data):
+        tag, kind = data[place : place + 4], data[place + 4 : place + 6]
+        if kind in (b"OB", b"OW", b"OF", b"SQ", b"UN", b"UT"):
+            start, length = place + 12, int.from_bytes(data[place + 8 : place + 12], "little")
+        else:
+            start, length = place + 8, int.from_bytes(data[place + 6 : place + 8], "little")
+        if tag == b"\x02\x00\x10\x00":
+            return data[start : start + min(length, 64)].rstrip(b"\0 ")
+        place = start + length
+    return b""
 
 
 def _check_header(dataset: Any, max_pixels: int) -> None:
@@ -253,6 +317,8 @@ def _pixels(dataset: Any, windowing: Windowing) -> np.ndarray[Any, np.dtype[np.u
         colours = apply_color_lut(stored, dataset)
         return _to_8_bits(colours[:, :, :3], 8 * colours.dtype.itemsize)
     padding = _padding(dataset, stored)
+    if stored.dtype.kind == "f" and not windowing.windows:
+        raise DicomFault("DICOM with floating-point pixels; name a window")
     if windowing.windows:
         pixels = windowing.grey(_measured(dataset, stored, windowing))
     else:

@@ -59,7 +59,8 @@ def near_pairs(
         return np.zeros((0, 2), np.int64)
     allowed = _allowed_distance(small, np.asarray(labels), chosen)
     found = []
-    for block in _blocks(candidate_pairs(hashes[chosen], small[chosen]), _CONFIRM_BLOCK):
+    candidates = _candidates(hashes[chosen], small[chosen])
+    for block in (part for pairs in candidates for part in _blocks(pairs, _CONFIRM_BLOCK)):
         one, other = chosen[block[:, 0]], chosen[block[:, 1]]
         distance = 1.0 - np.einsum("ij,ij->i", _standard(small[one]), _standard(small[other]))
         found.append(np.stack([one, other], axis=1)[distance <= np.minimum(allowed[one], allowed[other])])
@@ -74,20 +75,23 @@ def candidate_pairs(hashes: np.ndarray[Any, Any], small: np.ndarray[Any, Any] | 
     differs in at most one bit, so only hashes that share such a chunk are compared. Equal hashes of more than
     1000 places are compared only with their neighbours in brightness, which needs `small` (N, 32, 32).
     """
+    found = list(_candidates(hashes, small))
+    return np.concatenate([np.zeros((0, 2), np.int64), *found])
+
+
+def _candidates(hashes: np.ndarray[Any, Any], small: np.ndarray[Any, Any] | None) -> Iterator[Ints]:
+    """Yield the candidate pairs in blocks, each pair once with its smaller place first."""
     values, place_of = np.unique(hashes.astype(np.uint64), return_inverse=True)
     near = _near_values(values)
     members = np.argsort(place_of, kind="stable")
     start = np.searchsorted(place_of[members], np.arange(len(values) + 1))
-    found = [_within(members[start[v] : start[v + 1]], small) for v in np.flatnonzero(np.diff(start) > 1).tolist()]
-    for block in _blocks(near, 4096):
-        for one, other in block.tolist():
-            left, right = (
-                members[start[one] : start[one + 1]][:_CROWD],
-                members[start[other] : start[other + 1]][:_CROWD],
-            )
-            found.append(np.stack([np.repeat(left, len(right)), np.tile(right, len(left))], axis=1))
-    pairs = np.concatenate(found) if found else np.zeros((0, 2), np.int64)
-    return np.sort(pairs, axis=1)
+    for value in np.flatnonzero(np.diff(start) > 1).tolist():
+        yield np.sort(_within(members[start[value] : start[value + 1]], small), axis=1)
+    single = np.diff(start)[near].max(axis=1, initial=0) == 1
+    yield np.sort(members[start[near[single]]], axis=1)
+    for one, other in near[~single].tolist():
+        left, right = (members[start[each] : start[each + 1]][:_CROWD] for each in (one, other))
+        yield np.sort(np.stack([np.repeat(left, len(right)), np.tile(right, len(left))], axis=1), axis=1)
 
 
 def _within(members: Ints, small: np.ndarray[Any, Any] | None) -> Ints:

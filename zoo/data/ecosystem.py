@@ -117,7 +117,8 @@ def _write_items(pairs: Iterator[tuple[Any, Any]], classes: list[str], split: st
         path = f"{split or 'all'}/{index}/{number:06}.png"
         try:
             (images / path).parent.mkdir(parents=True, exist_ok=True)
-            image.save(images / path, "PNG")
+            fits = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+            (image if fits else image.convert("RGB")).save(images / path, "PNG")
         except OSError as error:
             raise write_error(images / path, error) from error
         found.add(path, label, split)
@@ -191,13 +192,24 @@ def find_in_huggingface(folder: Path, images: Path) -> Found:
             )
         kind = features[labels[0]]
         classes = list(kind.names) if isinstance(kind, ClassLabel) else sorted({str(each) for each in data[labels[0]]})
-        pairs = (
-            (row[pictures[0]], row[labels[0]] if isinstance(kind, ClassLabel) else classes.index(str(row[labels[0]])))
-            for row in data
-        )
+        labels_only = None if isinstance(kind, ClassLabel) else classes
+        pairs = _huggingface_pairs(data, pictures[0], labels[0], labels_only, folder)
         _write_items(pairs, [str(each) for each in classes], names[part], images, found)
     if not found.paths:
         raise ZooError(
             f"{one_line(folder)!r} has no split train, validation or test; it has {one_line(', '.join(parts))}"
         )
     return found
+
+
+def _huggingface_pairs(
+    data: Any, picture: str, label: str, classes: list[str] | None, folder: Path
+) -> Iterator[tuple[Any, Any]]:
+    for number in range(len(data)):
+        try:
+            row = data[number]
+        except Exception as error:
+            raise ZooError(
+                f"{one_line(folder)!r}: row {number} cannot be read ({one_line(error, 120)}); mend it"
+            ) from error
+        yield row[picture], row[label] if classes is None else classes.index(str(row[label]))

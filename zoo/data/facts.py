@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from zoo.data.window import Windowing, windowing_of_facts
 from zoo.errors import ZooError, one_line
 from zoo.files import atomic_writer, digest_of, sha256_bytes
 
-FACTS_VERSION = 1
+FACTS_VERSION = 2
 SMALL_SIDE = 32  # pixels
 MAX_FILE_BYTES = 1 << 30
 _GOOD_SUFFIXES = {
@@ -115,7 +116,8 @@ class Facts:
     """The facts of all images of a manifest, in its order: N rows.
 
     phash: (N,) uint64; small: (N, 32, 32) uint8; size: (N, 2) stored width and height in pixels; reasons: why an
-    image cannot be used any more, else empty; changed: whether its bytes differ from the import's.
+    image cannot be used any more, else empty; changed: whether its bytes differ from the import's; stats: (N, 2) size
+    and time of each file when it was looked at.
     """
 
     bytes: np.ndarray[Any, Any]
@@ -130,6 +132,7 @@ class Facts:
     small: np.ndarray[Any, Any]
     reasons: np.ndarray[Any, Any]
     changed: np.ndarray[Any, Any]
+    stats: np.ndarray[Any, Any]
 
     @property
     def good(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -151,24 +154,44 @@ def file_facts(facts: Facts) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def dataset_facts(dataset: Dataset, progress: Progress | None = None) -> Facts:
-    """Return the facts of a dataset's images, each file read once and remembered until the manifest's images change.
+    """Return the facts of a dataset's images; what is remembered of a file counts until its size or time changes.
 
-    They do not hang on splits or groups. progress is called with images done and in all.
+    They do not hang on splits or groups. progress is called with images done and in all, where any has to be read.
     """
-    file = facts_file(dataset)
-    stored = _read_facts(file, len(dataset.frame))
-    if stored is not None:
+    stored = _read_facts(facts_file(dataset), len(dataset.frame))
+    stats = file_stats(dataset)
+    paths, digests = dataset.frame["path"].tolist(), dataset.frame["sha256"].tolist()
+    again = np.arange(len(paths)) if stored is None else np.flatnonzero((stored.stats != stats).any(axis=1))
+    if stored is not None and len(again) == 0:
         return stored
     windowing = windowing_of_facts(dataset.facts)
     rows: list[ImageFacts] = []
-    for each in map_files(lambda path: look_at_file(dataset.image_path(path), windowing), dataset.frame["path"]):
+    for each in map_files(lambda place: look_at_file(dataset.image_path(paths[place]), windowing), again.tolist()):
         rows.append(each)
         if progress:
-            progress(len(rows), len(dataset.frame))
-    facts = collect(rows, dataset.frame["sha256"].tolist())
-    if facts.good.all() and not facts.changed.any():  # what is gone or changed may come back
-        write_facts(file, facts)
+            progress(len(rows), len(again))
+    seen = collect(rows, [digests[place] for place in again.tolist()], stats[again])
+    if stored is None:
+        facts = seen
+    else:
+        columns = {}
+        for name in (column.name for column in fields(Facts)):
+            old, new = getattr(stored, name), getattr(seen, name)
+            columns[name] = old.astype(np.promote_types(old.dtype, new.dtype))
+            columns[name][again] = new
+        facts = Facts(**columns)
+    write_facts(dataset, facts)
     return facts
+
+
+def file_stats(dataset: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return size and time (ns) of each image's file, -1 where it is gone: (N, 2)."""
+    found = np.full((len(dataset.frame), 2), -1, np.int64)
+    for place, path in enumerate(dataset.frame["path"].tolist()):
+        with suppress(OSError, ValueError):
+            facts = dataset.image_path(path).stat()
+            found[place] = facts.st_size, facts.st_mtime_ns
+    return found
 
 
 def facts_file(dataset: Dataset) -> Path:
@@ -179,7 +202,7 @@ def facts_file(dataset: Dataset) -> Path:
     return dataset.folder / ".cache" / f"facts-{key[:16]}.npz"
 
 
-def collect(rows: Sequence[ImageFacts], digests: Sequence[str]) -> Facts:
+def collect(rows: Sequence[ImageFacts], digests: Sequence[str], stats: np.ndarray[Any, Any] | None = None) -> Facts:
     """Return the facts of single images as columns; digests: the SHA-256 that each file should have."""
     empty = Header("", "", 0, 0, False, 1, True)
     headers = [each.header or empty for each in rows]
@@ -199,13 +222,14 @@ def collect(rows: Sequence[ImageFacts], digests: Sequence[str]) -> Facts:
         changed=np.array(
             [bool(each.sha256) and each.sha256 != digest for each, digest in zip(rows, digests, strict=True)], bool
         ),
+        stats=np.zeros((len(rows), 2), np.int64) if stats is None else stats,
     )
 
 
-def write_facts(file: Path, facts: Facts) -> None:
+def write_facts(dataset: Dataset, facts: Facts) -> None:
     """Remember facts; a folder that cannot be written is passed over, for they can be had again."""
     try:
-        with atomic_writer(file) as stream:
+        with atomic_writer(facts_file(dataset)) as stream:
             np.savez(stream, allow_pickle=False, **{each.name: getattr(facts, each.name) for each in fields(Facts)})
     except ZooError:
         return

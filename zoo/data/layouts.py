@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.data.dicom import maybe_dicom
 from zoo.errors import ZooError, nearest, one_line
 from zoo.files import write_error
 from zoo.runs import SPLITS
@@ -237,13 +238,31 @@ def _leave_out(found: Found, files: Iterator[Path], images_are: str = "") -> lis
     """Return the images among files, and count the rest; where images_are says why, count the images too."""
     images = []
     for path in files:
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        if path.suffix.lower() in IMAGE_SUFFIXES or (_unnamed(path) and maybe_dicom(path)):
             images.append(path)
         else:
-            found.leave_out(f"files that are no image ({one_line(path.suffix.lower(), 20) or 'no suffix'})")
+            found.leave_out(_no_image(path))
     if images_are:
         found.leave_out(images_are, len(images))
     return images
+
+
+def _unnamed(path: Path) -> bool:
+    """Return whether a file's ending says nothing: none, or a number as in a UID."""
+    return re.fullmatch(r"(\.[0-9]*)?", path.suffix) is not None
+
+
+def _no_image(path: Path) -> str:
+    """Return what a file that is left out is counted as; only a plain ending is named."""
+    suffix = path.suffix.lower()
+    named = (
+        suffix
+        if re.fullmatch(r"\.[a-z0-9]{1,6}", suffix) and not _unnamed(path)
+        else "no suffix"
+        if not suffix
+        else "other"
+    )
+    return f"files that are no image ({named})"
 
 
 def _entries(folder: Path) -> list[tuple[Path, bool]]:
@@ -307,7 +326,7 @@ def find_with_labels(
         path = file.relative_to(root)
         subject = subject_of(file)
         if subject is None and file.suffix.lower() not in IMAGE_SUFFIXES:
-            found.leave_out(f"files that are no image ({one_line(file.suffix.lower(), 20) or 'no suffix'})")
+            found.leave_out(_no_image(file))
             continue
         keys = [str(each) for each in (path, *path.parents)] if key_column == path_column else [subject or ""]
         key = next((each for each in keys if each in label_of), None)

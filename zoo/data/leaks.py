@@ -172,21 +172,28 @@ def leaks_of(dataset: Dataset, pairs: Pairs, order: ScanOrder | None) -> Leaks:
 
 
 def declared_groups(facts: dict[str, Any]) -> bool:
-    """Return whether somebody said what belongs together, in a `dataset.toml`."""
-    return any(key in facts.get("split", {}) for key in GROUPINGS)
+    """Return whether somebody said what belongs together, in a `dataset.toml`; a patient here and there is not it."""
+    recorded = facts.get("split", {})
+    ways = [key for key in GROUPINGS if key in recorded]
+    return ways != ["group_patient"] if ways and recorded.get("group_patient_share", 1.0) < 0.9 else bool(ways)
 
 
 def _remedy(dataset: Dataset, leaks: Leaks) -> str:
-    name, shipped = dataset.name, dataset.facts.get("split", {}).get("shipped")
+    recorded = dataset.facts.get("split", {})
+    name, shipped = recorded.get("of", dataset.name), recorded.get("shipped")
     if leaks.ok:
         return ""
-    if shipped and leaks.count:
+    if dataset.facts.get("import", {}).get("kind") == "looked at":
+        return "import it, and the new split will keep these together"
+    if shipped and leaks.count > leaks.scan_order:
         conflicts = " --drop-duplicates" if leaks.label_conflicts else ""
         return f"drop the copies from train with `zoo data split {name} --repair{conflicts}`"
     options = [f"--group-blocks {SCAN_BLOCK}"] if leaks.scan_order else []
+    options += ["--force"] if shipped and leaks.scan_order else []
     options += ["--drop-duplicates"] if leaks.label_conflicts else []
     options += ["--group-near-duplicates"] if leaks.near_pairs else []
-    return f"split again with `{' '.join(['zoo data split', name, *options])}`"
+    folds = " and make its folds again" if recorded.get("folds") else ""
+    return f"split again with `{' '.join(['zoo data split', name, *options])}`{folds}"
 
 
 def file_numbers(paths: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import functools
+import os
 import secrets
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from zoo.data.dicom import DicomFault, anonymous_copy, is_dicom, pseudonym, read_subject
+from zoo.data.dicom import DicomFault, anonymous_copy, maybe_dicom, pseudonym, read_subject
 from zoo.data.facts import ImageFacts, look_at, look_at_file
+from zoo.data.layouts import IMAGE_SUFFIXES
 from zoo.data.window import DEFAULT_CT, Windowing, parse_rescale, parse_window
-from zoo.errors import one_line
-from zoo.files import sha256_bytes, write_error, write_text
+from zoo.errors import ZooError, one_line
+from zoo.files import sha256_bytes, write_error
+
+_SALT_BYTES = 16
 
 
 class Look:
     """What an import does with each file: windows it and, for a DICOM, copies it and names its patient anew.
 
-    copy: whether DICOMs are copied below images (None and True) or stay where they are (False).
+    copy: whether DICOMs are copied below images (None and True) or stay where they are (False). Where they are
+    copied, nothing of the source's names is kept: the images beside them are named anew as well (`new_name`).
     """
 
     def __init__(
@@ -34,16 +39,18 @@ class Look:
 
     @functools.cached_property
     def salt(self) -> bytes:
-        """Return what makes pseudonyms unguessable: 16 bytes, kept beside the manifest for the next import."""
-        try:
-            return bytes.fromhex(self.salt_file.read_text(encoding="ascii").strip())
-        except (OSError, ValueError):
-            return secrets.token_bytes(16)
+        """Return what makes pseudonyms unguessable, kept beside the manifest for the next import."""
+        return read_salt(self.salt_file) or secrets.token_bytes(_SALT_BYTES)
 
-    def keep_salt(self) -> None:
-        """Write the salt, readable by its owner alone; not to be committed."""
-        write_text(self.salt_file, self.salt.hex() + "\n")
-        self.salt_file.chmod(0o600)
+    @property
+    def hides_names(self) -> bool:
+        """Return whether nothing of the source's names may be written down."""
+        return self.found_dicom and self.copy is not False
+
+    def new_name(self, path: str) -> str:
+        """Return a name that tells nothing, for an image that lies beside DICOMs."""
+        suffix = PurePosixPath(path).suffix.lower()
+        return f"no-patient/{pseudonym(path, self.salt)}{suffix if suffix in IMAGE_SUFFIXES else ''}"
 
     def __call__(self, path: str) -> tuple[str, str, ImageFacts]:
         """Return the image's path in the dataset, its patient's pseudonym or "", and its facts."""
@@ -56,6 +63,7 @@ class Look:
             facts = look_at_file(file, self.windowing)
             self.found_deep |= facts.header is not None and facts.header.mode.startswith(("I", "F"))
             return path, "", facts
+        self.found_dicom = True
         try:
             return self._look_at_dicom(path, file.read_bytes())
         except DicomFault as fault:
@@ -67,10 +75,10 @@ class Look:
         facts = look_at(data, self.windowing)
         if facts.reason:
             return path, "", facts
+        subject = read_subject(data)
         with self._lock:
-            key, salt = read_subject(data).key, self.salt
-        patient = f"patient-{pseudonym(key, salt)}" if key else ""
-        self.found_dicom = True
+            salt = self.salt
+        patient = patient_group(subject.key, subject.pseudonymous, salt)
         self.found_patients |= bool(patient)
         if self.copy is False:
             return path, patient, facts
@@ -88,21 +96,47 @@ class Look:
         return path, patient, replace(facts, sha256=sha256_bytes(copy), bytes=len(copy))
 
 
-def maybe_dicom(file: Path) -> bool:
-    """Return whether a file begins as a DICOM does; one that cannot be read does not."""
+def patient_group(key: str, pseudonymous: bool, salt: bytes) -> str:
+    """Return the group of a patient's images: a pseudonym, or "" where no patient is named.
+
+    >>> patient_group("", False, b"x")
+    ''
+    """
+    return key if pseudonymous or not key else f"patient-{pseudonym(key, salt)}"
+
+
+def read_salt(file: Path) -> bytes | None:
+    """Return the salt of a dataset, None where there is none; raises ZooError for one that is damaged."""
     try:
-        if not file.is_file():  # a pipe would be waited for
-            return False
-        with file.open("rb") as stream:
-            return is_dicom(stream.read(132))
-    except OSError:
-        return False
+        text = file.read_text(encoding="ascii").strip()
+        salt = bytes.fromhex(text)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ZooError(
+            f"cannot read the salt {str(file)!r}: {one_line(error)}; put the old one back, or remove it"
+        ) from error
+    if len(salt) < _SALT_BYTES:
+        raise ZooError(
+            f"the salt {str(file)!r} is shorter than {_SALT_BYTES} bytes; put the old one back, or remove it"
+        )
+    return salt
+
+
+def write_salt(file: Path, salt: bytes) -> None:
+    """Write a salt for its owner alone to read; it is not to be committed."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as stream:
+            stream.write(salt.hex() + "\n")
+    except OSError as error:
+        raise write_error(file, error) from error
 
 
 def default_window(root: Path, paths: Iterable[str]) -> str | None:
-    """Return the window of lungs where the source's first DICOM is a CT."""
+    """Return the window of lungs where the source's first readable DICOM is a CT."""
     for path in paths:
-        if Path(path).suffix.lower() in (".dcm", ".dicom", ".ima", ""):
+        if maybe_dicom(root / path):
             try:
                 return DEFAULT_CT if read_subject((root / path).read_bytes()).modality == "CT" else None
             except (OSError, DicomFault):
@@ -111,10 +145,17 @@ def default_window(root: Path, paths: Iterable[str]) -> str | None:
 
 
 def subject_of(file: Path) -> str | None:
-    """Return the patient that a DICOM names, "" where none is named, None for what is no DICOM."""
+    """Return the patient that a DICOM names, "" where none is named, None for what is no DICOM.
+
+    Raises ZooError where DICOM cannot be read here at all.
+    """
     if not maybe_dicom(file):
         return None
     try:
         return read_subject(file.read_bytes()).key
-    except (OSError, DicomFault):
+    except DicomFault as fault:
+        if "install" in str(fault):
+            raise ZooError(f"labels by patient need DICOM: {fault}") from None
+        return ""
+    except OSError:
         return ""

@@ -181,6 +181,12 @@ def write_dataset(folder: Path, rows: Iterable[Row], record: dict[str, Any]) -> 
     write_toml(folder / "dataset.toml", {"schema_version": SCHEMA_VERSION, **record})
 
 
+def check_dataset(folder: Path, rows: Iterable[Row], record: dict[str, Any]) -> None:
+    """Raise ZooError where `write_dataset` would refuse rows or record; nothing is written."""
+    _check_record(record, folder / "dataset.toml")
+    _check_rows(sorted(rows, key=lambda row: row[1]), record["classes"], folder / "manifest.csv")
+
+
 def manifest_bytes(rows: Iterable[Row]) -> bytes:
     r"""Return the content of `manifest.csv`: UTF-8, lines end in \n, fields quoted only if need be.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,19 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.dicom import DicomFault, pseudonym, read_subject
+from zoo.data.dicom import DicomFault, read_subject
 from zoo.data.duplicates import Ints, components
 from zoo.data.facts import dataset_facts
 from zoo.data.layouts import Found, column_of_csv
 from zoo.data.leaks import GROUPINGS, duplicate_pairs
+from zoo.data.look import patient_group, read_salt, write_salt
 from zoo.data.manifest import Dataset, Progress, Row, load_dataset, manifest_rows, map_files, write_dataset
 from zoo.data.rows import Grouping, count_rows, join_groups, repair_rows, split_rows
 from zoo.data.split import DEFAULT_RATIOS, check_seed, split_into, stratification_error
 from zoo.errors import ZooError, one_line
-from zoo.files import Home, check_name, home, read_toml
+from zoo.files import Home, check_name, home, read_toml, user_path
 from zoo.runs import SPLITS
 
 MAX_FOLDS = 50
+_HIDDEN = re.compile(r"(patient-[0-9a-f]{16}|no-patient)/")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,13 @@ def resplit_dataset(
             f"the splits of {name!r} were shipped with the data and are kept; --repair drops what leaks, --force "
             f"draws others"
         )
+    if near_duplicates is False and old.get("near_duplicates") and not grouping.record():
+        raise ZooError(
+            f"the groups of {name!r} hold near-duplicates already; name a way of grouping too, or import it again with "
+            "--no-group-near-duplicates"
+        )
+    if group_csv is not None and group_column is None:
+        raise ZooError("--group-csv needs --group-column, the name of its column to group by")
     if repair and not shipped:
         raise ZooError(f"--repair is for splits that were shipped with the data; {name!r} can be drawn anew without it")
     record = read_toml(dataset.folder / "dataset.toml")
@@ -118,7 +129,7 @@ def _near(dataset: Dataset, wanted: _Wanted, old: dict[str, Any], progress: Prog
     asked = wanted.grouping.near_duplicates
     if asked is None:
         # A split of an older day, or one that near-duplicates made impossible, is drawn as it was.
-        asked = bool(old.get("near_duplicates", wanted.regroups))
+        asked = bool(old.get("near_duplicates", wanted.regroups or bool(old.get("shipped"))))
     if not asked:
         return None
     facts = dataset_facts(dataset, progress)
@@ -159,6 +170,12 @@ def _groups(dataset: Dataset, found: Found, wanted: _Wanted, progress: Progress 
         ways.append(_column(dataset, found, wanted))
     if grouping.group_patient:
         ways.append(_patients(dataset, found.paths, progress))
+    by_name = (grouping.group_regex, grouping.group_blocks, wanted.group_csv)
+    if any(each is not None for each in by_name) and any(_HIDDEN.match(path) for path in found.paths):
+        raise ZooError(
+            f"the files of {dataset.name!r} are named by pseudonyms, which tell nothing; group by --group-patient or "
+            "--group-column group, or import it again with that grouping"
+        )
     rest = Found("", found.root, found.paths, found.labels, found.splits, [])
     Grouping(None, grouping.group_regex, grouping.group_blocks).apply(rest)
     return join_groups([*ways, *([rest.groups] if rest.groups else [])], found.paths)
@@ -167,7 +184,7 @@ def _groups(dataset: Dataset, found: Found, wanted: _Wanted, progress: Progress 
 def _column(dataset: Dataset, found: Found, wanted: _Wanted) -> list[str]:
     column = wanted.grouping.group_column or ""
     if wanted.group_csv is not None:
-        return column_of_csv(Path(wanted.group_csv).expanduser(), wanted.path_column, column, found.paths)
+        return column_of_csv(user_path(wanted.group_csv), wanted.path_column, column, found.paths)
     if column not in ("group", "label"):
         raise ZooError(
             f"the manifest's columns to group by are group and label. Got {one_line(column)!r}; "
@@ -179,8 +196,10 @@ def _column(dataset: Dataset, found: Found, wanted: _Wanted) -> list[str]:
 
 def _patients(dataset: Dataset, paths: Sequence[str], progress: Progress | None) -> list[str]:
     """Return a pseudonym of each image's patient; raises ZooError where no image names one."""
+    salt_file = dataset.folder / ".salt"
+    salt = read_salt(salt_file) or secrets.token_bytes(16)
     groups: list[str] = []
-    for group in map_files(functools.partial(_patient, dataset), paths):
+    for group in map_files(functools.partial(_patient, dataset, salt), paths):
         groups.append(group)
         if progress:
             progress(len(groups), len(paths))
@@ -188,16 +207,16 @@ def _patients(dataset: Dataset, paths: Sequence[str], progress: Progress | None)
         raise ZooError(
             f"no image of {dataset.name!r} is a DICOM that names a patient; group by a regex, a column or blocks"
         )
+    write_salt(salt_file, salt)
     return groups
 
 
-def _patient(dataset: Dataset, path: str) -> str:
+def _patient(dataset: Dataset, salt: bytes, path: str) -> str:
     try:
-        key = read_subject(dataset.image_path(path).read_bytes()).key
+        subject = read_subject(dataset.image_path(path).read_bytes())
     except (OSError, DicomFault):
         return ""
-    # The zoo's own copies carry the pseudonym already.
-    return key if key.startswith("patient-") or not key else f"patient-{pseudonym(key, dataset.split_digest.encode())}"
+    return patient_group(subject.key, subject.pseudonymous, salt)
 
 
 # Folds --------------------------------------------------------------------------------------------------------------
@@ -217,8 +236,11 @@ def fold_dataset(
         raise ZooError(f"folds must be from 3 to {MAX_FOLDS}: one is test, one val, the rest train. Got {folds!r}")
     dataset = load_dataset(name, root)
     check_name(f"{name}-fold{folds - 1}", "dataset")
+    for fold in range(folds):
+        _refuse_stranger(root or home(), f"{name}-fold{fold}", name)
     rows = manifest_rows(dataset)
-    near = components(len(rows), duplicate_pairs(dataset, dataset_facts(dataset, progress)).near)
+    pairs = duplicate_pairs(dataset, dataset_facts(dataset, progress))
+    near = components(len(rows), pairs.near, pairs.exact)
     groups = join_groups(
         [dataset.frame["group"].tolist(), [f"near {each}" for each in near]], dataset.frame["path"].tolist()
     )
@@ -232,6 +254,13 @@ def fold_dataset(
                 "ask for fewer, or make smaller groups"
             )
     return [_write_fold(dataset, rows, groups, part, fold, folds, seed, root or home()) for fold in range(folds)]
+
+
+def _refuse_stranger(root: Home, name: str, parent: str) -> None:
+    """Raise ZooError where a dataset of a fold's name is there that is no fold of this one."""
+    file = root.data / name / "dataset.toml"
+    if file.is_file() and read_toml(file).get("split", {}).get("of") != parent:
+        raise ZooError(f"there is a dataset {name!r} already that is no fold of {parent!r}; move it away")
 
 
 def _write_fold(

@@ -69,6 +69,13 @@ def join_groups(ways: Sequence[Sequence[str]], paths: Sequence[str]) -> list[str
         for whole, group in zip(joined, way, strict=True):
             if group and names.get(whole, (number, group)) >= (number, group):
                 names[whole] = (number, group)
+    taken: dict[str, str] = {}
+    for whole in sorted(names):
+        name = names[whole][1]
+        # Two ways may use one name for different things.
+        while taken.setdefault(name, whole) != whole:
+            name += "+"
+        names[whole] = (0, name)
     return [names.get(whole, (0, ""))[1] for whole in joined]
 
 
@@ -159,8 +166,10 @@ def repair_rows(
         for same in copies.values():
             _keep_best(rows, same, "the same picture stands in", dropped)
         # Likes of test go first: what has gone from val then takes nothing from train.
-        for one, other in sorted(near.tolist(), key=lambda pair: min(_KEPT_FIRST[rows[each][4]] for each in pair)):
-            _keep_best(rows, (one, other), "nearly the same picture stands in", dropped)
+        # A pair speaks for all copies of both pictures.
+        alike = [[*copies[rows[one][6]], *copies[rows[other][6]]] for one, other in near.tolist()]
+        for members in sorted(alike, key=lambda places: min(_KEPT_FIRST[rows[each][4]] for each in places)):
+            _keep_best(rows, members, "nearly the same picture stands in", dropped)
         groups: dict[str, list[int]] = {}
         for place, row in enumerate(rows):
             groups.setdefault(row[3], []).append(place)

@@ -24,15 +24,16 @@ from zoo.data.canonical import (
 from zoo.data.dicom import pseudonym
 from zoo.data.duplicates import Ints, components, near_pairs
 from zoo.data.ecosystem import find_in_huggingface, find_in_medmnist, find_in_torchvision, is_huggingface
-from zoo.data.facts import ImageFacts, collect, facts_file, write_facts
+from zoo.data.facts import ImageFacts, collect, file_stats, write_facts
 from zoo.data.layouts import Found, find_in_csv, find_in_folder, find_in_npz, find_with_labels
 from zoo.data.leaks import describe_leaks, find_leaks
-from zoo.data.look import Look, default_window, subject_of
+from zoo.data.look import Look, default_window, subject_of, write_salt
 from zoo.data.manifest import (
     BAD_IMAGES,
     Dataset,
     Progress,
     Row,
+    check_dataset,
     load_dataset,
     manifest_bytes,
     map_files,
@@ -42,8 +43,9 @@ from zoo.data.rows import Grouping, check_classes, count_rows, join_groups, repa
 from zoo.data.split import DEFAULT_RATIOS, check_ratios, check_seed
 from zoo.data.window import parse_rescale, parse_window
 from zoo.errors import ZooError, nearest, one_line
-from zoo.files import FULL, Home, check_name, home, read_toml, write_error
+from zoo.files import FULL, Home, check_name, home, read_toml, user_path, write_error
 
+_SUFFIX = re.compile(r"files that are no image \(.*")
 _NEGATIVE = re.compile(r"(?<![a-z])(normal|healthy|negative|controls?|no[ _-]*findings?)(?![a-z])")
 # What a person may write into dataset.toml by hand; importing the same again leaves it as it is.
 _DESCRIBED = ("summary", "licence", "source", "note", "medical")
@@ -118,10 +120,11 @@ def import_dataset(
             rescale,
             copy,
         )
-        kept, facts, skipped = _examine_all(found, look, bad_images, progress)
+        grouping.apply(found)
+        kept, facts, skipped, originals = _examine_all(found, look, bad_images, progress)
         if look.found_patients:
-            kept.grouped_by = {**kept.grouped_by, "group_patient": True}
-        grouping.apply(kept)
+            named = sum(group.startswith("patient-") for group in kept.groups) / len(kept.groups)
+            kept.grouped_by = {**kept.grouped_by, "group_patient": True, "group_patient_share": round(named, 3)}
         rows, split_facts = _split(kept, facts, ratios, seed, near_duplicates)
         if found.kind == "canonical":
             rows, split_facts["dropped"] = repair_rows(rows, _near(kept, facts), drop_duplicates=True)
@@ -136,9 +139,20 @@ def import_dataset(
             **split_facts,
             "skipped": skipped,
         }
-        _finish(kept, rows, described, stage, folder, source, look, negative_class or found.negative_class, overwrite)
-    if look.found_patients:
-        look.keep_salt()
+        if look.found_dicom:
+            write_salt(folder / ".salt", look.salt)
+        _finish(
+            kept,
+            rows,
+            described,
+            stage,
+            folder,
+            source,
+            look,
+            negative_class or found.negative_class,
+            overwrite,
+            originals,
+        )
     dataset = load_dataset(name, root)
     _remember(dataset, kept.paths, facts)
     return dataset
@@ -168,10 +182,11 @@ def _finish(
     look: Look,
     negative: str | None,
     overwrite: bool,
+    originals: dict[str, str],
 ) -> None:
     """Copy what is to be copied, and put images, manifest and `dataset.toml` in place."""
     if look.copied or (look.copy and not found.root.is_relative_to(stage)):
-        _copy([path for path in found.paths if path not in look.copied], found.root, stage / "images")
+        _copy({path: old for path, old in originals.items() if path not in look.copied}, found.root, stage / "images")
     classes = _class_order(set(found.labels))
     record = {
         **described,
@@ -188,10 +203,8 @@ def _finish(
 def _remember(dataset: Dataset, paths: Sequence[str], facts: Sequence[ImageFacts]) -> None:
     """Keep what the import saw of each image, so that nothing has to be read again to look for leaks."""
     of_path = dict(zip(paths, facts, strict=True))
-    write_facts(
-        facts_file(dataset),
-        collect([of_path[path] for path in dataset.frame["path"]], dataset.frame["sha256"].tolist()),
-    )
+    rows = [of_path[path] for path in dataset.frame["path"]]
+    write_facts(dataset, collect(rows, dataset.frame["sha256"].tolist(), file_stats(dataset)))
 
 
 def _filled(record: dict[str, Any]) -> dict[str, Any]:
@@ -266,15 +279,13 @@ def _find(
     known = builtin_names()
     if columns[2] is not None and Path(source).suffix.lower() != ".csv":
         raise ZooError("group_column is for a CSV; group other sources by a regex or by blocks")
+    _refuse_idle_options(source, known, labels, from_)
     if isinstance(source, str) and source in known:
         return _find_builtin(source, stage / "images", options)
     if options:
         raise ZooError(f"the option {one_line(next(iter(options)))!r} is for built-in data alone ({', '.join(known)})")
     if (named := _find_by_library(str(source), from_, stage / "images")) is not None:
         return named
-    if from_ is not None:
-        names = ", ".join([*canonical_names(), "torchvision:NAME", "medmnist:NAME"])
-        raise ZooError(f"--from goes with a public data set ({names}). Got the source {one_line(source)!r}")
     path = _existing(source, known)
     if path.is_relative_to(folder.resolve()):
         raise ZooError(
@@ -302,10 +313,22 @@ def _find(
     )
 
 
+def _refuse_idle_options(
+    source: str | Path, known: dict[str, str], labels: str | Path | None, from_: str | Path | None
+) -> None:
+    """Raise ZooError for options that would have no effect on this source."""
+    library = str(source).partition(":")[0] in ("torchvision", "medmnist")
+    if labels is not None and (str(source) in known or library):
+        raise ZooError(f"labels go with a folder of images. Got {one_line(source)!r}; leave --labels out")
+    if from_ is not None and not library:
+        names = ", ".join([*canonical_names(), "torchvision:NAME", "medmnist:NAME"])
+        raise ZooError(f"--from goes with a public data set ({names}). Got the source {one_line(source)!r}")
+
+
 def _find_by_library(source: str, from_: str | Path | None, images: Path) -> Found | None:
     """Return the images of `torchvision:NAME` or `medmnist:NAME`, None for another source."""
     kind, _, name = source.partition(":")
-    place = Path(from_).expanduser() if from_ else None
+    place = user_path(from_) if from_ else None
     if kind == "medmnist" and name:
         return find_in_medmnist(name, place, images)
     if kind == "torchvision" and name:
@@ -314,7 +337,7 @@ def _find_by_library(source: str, from_: str | Path | None, images: Path) -> Fou
 
 
 def _existing(source: str | Path, known: Iterable[str]) -> Path:
-    path = Path(source).expanduser()
+    path = user_path(source)
     try:
         there = path.exists()
     except OSError:  # a name too long, a folder on the way that cannot be read
@@ -366,8 +389,8 @@ def _find_builtin(name: str, images: Path, options: dict[str, Any]) -> Found:
 
 def _examine_all(
     found: Found, look: Look, bad_images: str, progress: Progress | None
-) -> tuple[Found, list[ImageFacts], dict[str, str]]:
-    """Look at all; return those kept, their facts, and path to reason of those skipped.
+) -> tuple[Found, list[ImageFacts], dict[str, str], dict[str, str]]:
+    """Look at all; return those kept, their facts, path to reason of those skipped, and new to old path.
 
     What was never to be an image, as a DICOM of a report, is left out and counted by kind.
     """
@@ -396,16 +419,20 @@ def _examine_all(
     if lost := sorted(set(found.labels) - set(kept.labels)):
         raise ZooError(f"no image of class {one_line(lost[0])!r} can be used; mend some, or leave the class out")
     left = [each for each, fine in zip(results, good, strict=True) if fine]
-    kept.paths = [path for path, _, _ in left]
+    old_paths, kept.paths = kept.paths, [path for path, _, _ in left]
+    if look.hides_names:
+        kept.paths = [path if path in look.copied else look.new_name(path) for path in kept.paths]
+        kept.groups = [group and f"group-{pseudonym(group, look.salt)}" for group in kept.groups]
+        found.left_out = {_SUFFIX.sub("files that are no image", what): count for what, count in found.left_out.items()}
     if look.found_patients:
-        kept.groups = join_groups([kept.groups, [patient for _, patient, _ in left]], kept.paths)
+        kept.groups = join_groups([[patient for _, patient, _ in left], kept.groups], kept.paths)
     # A name that is no UTF-8 cannot stand in a file of UTF-8 as it is, nor one that may name a patient.
-    hidden = look.found_dicom and look.copy is not False
     skipped = {
-        f"{pseudonym(path, look.salt)}.dcm" if hidden else path.encode(errors="backslashreplace").decode(): reason
+        look.new_name(path) if look.hides_names else path.encode(errors="backslashreplace").decode(): reason
         for path, reason in sorted(bad)
     }
-    return kept, [each for _, _, each in left], skipped
+    originals = dict(zip(kept.paths, old_paths, strict=True))
+    return kept, [each for _, _, each in left], skipped, originals
 
 
 def _class_order(labels: set[str]) -> list[str]:
@@ -438,17 +465,18 @@ def _negative_class(classes: Sequence[str], given: str | None) -> str | None:
 
 def _root_text(images: Path, source: str | Path, folder: Path) -> str:
     """Return the root as `dataset.toml` has it: relative to its folder if the source was given so."""
-    if Path(source).expanduser().is_absolute():
+    if user_path(source).is_absolute():
         return str(images)
     return Path(os.path.relpath(images, folder.resolve())).as_posix()
 
 
-def _copy(paths: Sequence[str], root: Path, images: Path) -> None:
-    for path in paths:
+def _copy(originals: dict[str, str], root: Path, images: Path) -> None:
+    """Copy images; originals: the new path of each to the one below root."""
+    for path, original in originals.items():
         target = images / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(root / path, target)
+            shutil.copyfile(root / original, target)
         except OSError as error:
             raise write_error(target, error) from error
 
@@ -475,6 +503,7 @@ def _write(folder: Path, rows: Sequence[Row], record: dict[str, Any], stage: Pat
                 f"the dataset {record['name']!r} is there already with other content ({', '.join(differing)} "
                 "differ); choose another --name, or replace it with --overwrite"
             )
+    check_dataset(folder, rows, record)  # before anything that stands is moved
     if (stage / "images").is_dir():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -483,4 +512,10 @@ def _write(folder: Path, rows: Sequence[Row], record: dict[str, Any], stage: Pat
             (stage / "images").replace(folder / "images")
         except OSError as error:
             raise write_error(folder / "images", error) from error
+    elif (folder / "images").is_dir() and overwrite:
+        (folder / "images").replace(stage / "replaced")
+    if overwrite:
+        for stale in ("audit.html", "audit.json"):
+            (folder / stale).unlink(missing_ok=True)
+        shutil.rmtree(folder / "show", ignore_errors=True)
     write_dataset(folder, rows, record)

@@ -17,7 +17,7 @@ from zoo.data.layouts import IMAGE_SUFFIXES
 from zoo.data.transforms import center_crop, normalise_tensor
 from zoo.data.window import windowing_of
 from zoo.errors import ZooError, one_line
-from zoo.files import Home
+from zoo.files import Home, user_path
 from zoo.runs import Preprocessing, Run, RunRecord, find_run
 from zoo.training.precision import PrecisionPlan, choose_device, set_threads
 from zoo.training.scoring import finished_record, load_model
@@ -132,7 +132,7 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     Raises ZooError where a path is not there, a folder holds no image, or no path is given.
     """
     found: list[Path] = []
-    for path in (Path(each).expanduser() for each in paths):
+    for path in (user_path(each) for each in paths):
         if not os.path.lexists(path):  # unlike Path.exists it takes a name that is too long
             raise ZooError(f"there is no file or folder {one_line(path)!r}; check the path")
         if path.is_dir():

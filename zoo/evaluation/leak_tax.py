@@ -65,6 +65,8 @@ def shortcuts(
     y, of_group = y_true[chosen], groups[chosen]
     classes, folds = int(y_true.max()) + 1, _folds(y_true[chosen], groups[chosen], seed)
     columns = {name: fact_columns({name: values})[chosen] for name, values in facts.items()}
+    if not folds:
+        return []
     columns["all of these"] = np.concatenate(list(columns.values()), axis=1)
     base = _top1(folds, columns["all of these"], y, of_group, classes, lambda _: majority())
     rows = []

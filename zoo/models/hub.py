@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from zoo.errors import ZooError, one_line
-from zoo.files import atomic_writer, sha256_file
+from zoo.files import atomic_writer, sha256_file, user_path
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 PROBE_S = 3.0
@@ -36,9 +36,9 @@ def hub_cache() -> Path:
     from huggingface_hub import constants
 
     if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+        return user_path(os.environ["HF_HUB_CACHE"])
     if os.environ.get("HF_HOME"):
-        return Path(os.environ["HF_HOME"]).expanduser() / "hub"
+        return user_path(os.environ["HF_HOME"]) / "hub"
     return Path(constants.HF_HUB_CACHE)
 
 

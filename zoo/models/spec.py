@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from zoo.errors import ZooError, one_line
-from zoo.files import atomic_writer, check_name
+from zoo.files import atomic_writer, check_name, user_path
 from zoo.models import nets
 from zoo.models.nets import count_params
 from zoo.runs import Preprocessing
@@ -113,7 +113,7 @@ def load_plugins() -> None:
     Raises ZooError that names the file which is missing or fails; nothing of it stays registered.
     """
     for named in filter(None, os.environ.get("ZOO_PLUGINS", "").split(os.pathsep)):
-        path = Path(named).expanduser().resolve()
+        path = user_path(named).resolve()
         if path in _loaded_plugins:
             continue
         if not path.is_file():

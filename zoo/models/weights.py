@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoo.errors import ZooError, nearest, one_line
-from zoo.files import Home
+from zoo.files import Home, user_path
 from zoo.models import hub
 from zoo.models.loading import LoadReport, load_weights
 
@@ -117,7 +117,7 @@ def _folder_files() -> list[Path]:
     named = os.environ.get("ZOO_WEIGHTS")
     if not named:
         return []
-    folder = Path(named).expanduser()
+    folder = user_path(named)
     if not folder.is_dir():
         raise ZooError(f"ZOO_WEIGHTS must name a folder of weight files. Got {one_line(named)!r}; fix or unset it")
     return sorted(path for path in folder.iterdir() if path.suffix in FOLDER_SUFFIXES and path.is_file())
@@ -158,7 +158,7 @@ def resolve_weights(spec: ModelSpec, source: str, root: Home, offline: bool = Fa
 
 
 def _from_path(spec: ModelSpec, source: str, root: Home) -> WeightsFile:
-    given = Path(source).expanduser()
+    given = user_path(source)
     path = next((each for each in (root.root / given, given) if each.is_file()), None)
     if path is None:
         hint = nearest(source, ["pretrained", "scratch"]) or "; check the path"

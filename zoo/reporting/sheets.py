@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from zoo.data.decode import BadImage, decode, resize
 from zoo.data.manifest import Dataset
+from zoo.data.split import check_seed
 from zoo.data.transforms import POLICIES, center_crop, make_augment
 from zoo.data.window import windowing_of_facts
 from zoo.errors import ZooError, one_line
@@ -37,25 +39,27 @@ def show_dataset(
     """
     if not 1 <= per_class <= 40:
         raise ZooError(f"a sheet shows 1 to 40 images of a class. Got {per_class}")
+    check_seed(seed)
     folder = folder or dataset.folder / "show"
-    sheets: list[dict[str, Any]] = []
+    sheets, files = [], []
+    for name, sheet in _sheets(dataset, per_class, seed):
+        files.append(folder / f"{name}.png")
+        save_figure(sheet, files[-1])
+        sheets.append({"name": name, "image": embedded(sheet)})
+    write_text(folder / "index.html", render("show.html", dataset=dataset, sheets=sheets))
+    return [folder / "index.html", *files]
+
+
+def _sheets(dataset: Dataset, per_class: int, seed: int) -> Iterator[tuple[str, Figure]]:
+    """Yield name and figure of each sheet, one at a time: hundreds of classes make many."""
     for split in SPLITS:
         for first in range(0, len(dataset.classes), _MAX_ROWS):
             classes = dataset.classes[first : first + _MAX_ROWS]
             number = f"-{first // _MAX_ROWS + 1}" if len(dataset.classes) > _MAX_ROWS else ""
             rows = {name: _drawn(dataset, split, name, per_class, seed) for name in classes}
             title = f"{dataset.name}, {split}, split {dataset.split_digest[:8]}"
-            sheets.append({"name": f"{split}{number}", "figure": plot_contact_sheet(rows, per_class, title)})
-    sheets.append({"name": "augmentation", "figure": plot_policies(_one_of_each(dataset, seed), seed)})
-    files = []
-    for sheet in sheets:
-        files.append(folder / f"{sheet['name']}.png")
-        save_figure(sheet["figure"], files[-1])
-    for sheet in sheets:
-        sheet["image"] = embedded(sheet["figure"])
-    page = render("show.html", dataset=dataset, sheets=sheets)
-    write_text(folder / "index.html", page)
-    return [folder / "index.html", *files]
+            yield f"{split}{number}", plot_contact_sheet(rows, per_class, title)
+    yield "augmentation", plot_policies(_one_of_each(dataset, seed), seed)
 
 
 def _drawn(dataset: Dataset, split: str, label: str, count: int, seed: int) -> list[tuple[str, Image | None]]:
