@@ -386,3 +386,123 @@ def test_a_mistake_in_a_real_process_is_one_line(tiny):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.count("\n")) == (1, "", 1)
     assert err.startswith("error: there is no dataset 'tinny'")
+
+
+# Data: audit, split, show -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def leaking(tmp_path, write_scenes) -> Path:
+    folder = write_scenes(
+        tmp_path / "leaking",
+        {
+            f"{split}/{label}": range(first + at, first + at + count)
+            for split, count, at in (("train", 9, 0), ("val", 4, 20), ("test", 4, 40))
+            for label, first in (("a", 100), ("b", 200))
+        },
+    )
+    shutil.copy(folder / "train/a/00100.png", folder / "test/a/copy.png")
+    return folder
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_an_audit_says_what_leaks_and_ends_with_1(zoo, leaking, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert "LEAKS" in zoo("data", "import", leaking, "--name", "mine").out
+    done = zoo("data", "audit", "mine")
+    assert done.code == 1
+    for text in ("pairs of the same picture", "leak tax", "a random split", "--repair", "audit.html"):
+        assert text in done.out
+    lines = [line for line in done.out.splitlines() if not line.startswith("page:")]
+    assert max(map(len, lines)) <= int(columns)
+
+
+def test_an_audit_as_json_has_the_agreed_keys(zoo, leaking):
+    zoo("data", "import", leaking, "--name", "mine")
+    done = zoo("data", "audit", "mine", "--json")
+    assert done.code == 1
+    assert {
+        "dataset",
+        "images",
+        "unreadable",
+        "exact_duplicate_pairs",
+        "near_duplicate_pairs",
+        "label_conflicts",
+        "cross_split_leaks",
+        "leak_tax",
+        "ok",
+    } <= set(done.json)
+    assert (done.json["ok"], done.json["cross_split_leaks"]) == (False, 1)
+    assert {"given", "random", "grouped"} <= set(done.json["leak_tax"])
+
+
+def test_leaks_are_repaired_and_then_audited_with_0(zoo, leaking):
+    zoo("data", "import", leaking, "--name", "mine")
+    done = zoo("data", "split", "mine", "--repair")
+    assert done.code == 0
+    assert "dropped train/a/00100.png: the same picture stands in test: test/a/copy.png" in done.out
+    assert zoo("data", "audit", "mine", "--json").code == 0
+    again = zoo("data", "split", "mine", "--repair", "--json").json
+    assert again["dropped"] == {}
+    assert "split_digest" in again
+    assert again["splits"]["train"]["images"] == 17
+
+
+def test_a_folder_is_audited_by_its_path(zoo, leaking, root):
+    done = zoo("data", "audit", leaking)
+    assert done.code == 1
+    assert "import it" in done.out
+    assert (root.root / "audit-leaking" / "audit.html").is_file()
+
+
+def test_train_and_bench_refuse_leaks_until_they_are_accepted(zoo, tiny, leaking):
+    zoo("data", "import", leaking, "--name", "mine")
+    for verb in (("train", "tiny-lp"), ("bench", "--recipes", "tiny-lp", "--seeds", 1)):
+        refused = zoo(*verb, "--data", "mine")
+        assert refused.code == 1
+        assert "leaks" in refused.err
+        assert "--accept-leaks" in refused.err
+    trained = zoo("train", "tiny-lp", "--data", "mine", "--accept-leaks", "--json")
+    assert trained.code == 0
+    assert trained.json["leaks_accepted"] is True
+    done = zoo("bench", "--data", "mine", "--recipes", "tiny-lp", "--seeds", 1, "--accept-leaks", "--json")
+    assert done.code == 0
+    assert done.json["leaks_accepted"] is True
+    assert zoo("compare", "--data", "mine", "--json").json["leaks_accepted"] is True
+    assert "LEAKS ACCEPTED" in zoo("compare", "--data", "mine").out
+
+
+def test_folds_are_datasets(zoo, root, tmp_path, write_scenes):
+    folder = write_scenes(tmp_path / "p", {"a": range(9), "b": range(20, 29)})
+    zoo("data", "import", folder, "--name", "p")
+    done = zoo("data", "split", "p", "--folds", 3, "--json")
+    assert [each["dataset"] for each in done.json["folds"]] == ["p-fold0", "p-fold1", "p-fold2"]
+    refused = zoo("data", "split", "p", "--folds", 3, "--group-blocks", 2)
+    assert (refused.code, "--folds goes with --seed alone" in refused.err) == (1, True)
+
+
+def test_show_writes_sheets(zoo, tiny):
+    done = zoo("data", "show", "tiny", "--per-class", 3, "--json")
+    assert done.code == 0
+    assert Path(done.json["files"][0]).name == "index.html"
+    assert all(Path(file).is_file() for file in done.json["files"])
+    assert zoo("data", "show", "tiny", "--seed", -1).code == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("data", "audit", "nothing"), "there is no dataset 'nothing'"),
+        (("data", "audit", "/" + "x" * 300), "dataset name must be"),
+        (("data", "show", "iq_othnccd"), "--from FOLDER_OR_ZIP"),
+        (("data", "import", "digits", "--from", "x"), "--from goes with a public data set"),
+        (("data", "import", "x", "--name", "x", "--window", "lunge"), "did you mean 'lung'"),
+        (("data", "import", "torchvision:CIFAR11", "--name", "x"), "did you mean 'CIFAR10'"),
+        (("data", "import", "chest_ctscan"), "Kaggle"),
+    ],
+)
+def test_mistakes_with_data_are_one_line(zoo, words, said):
+    done = zoo(*words)
+    assert done.code == 1
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
