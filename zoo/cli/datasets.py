@@ -315,6 +315,8 @@ def _print_audit(result: Any, page: Path) -> None:
             f"({chance:.0f} % by chance).",
             markup=False,
         )
+    for old, new in document["renamed_classes"].items():
+        out.print(f"class {one_line(old, 80)!r} of the source is called {one_line(new, 80)!r} here", markup=False)
     for each in document["faults"]:
         out.print(f"known fault: {each}", markup=False)
     out.print(verdict(result), markup=False)

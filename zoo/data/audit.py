@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from zoo.data.facts import Facts, ImageFacts, collect, look_at_file, wrong_suffix
-from zoo.data.layouts import IMAGE_SUFFIXES, split_and_label
+from zoo.data.layouts import IMAGE_SUFFIXES, match_classes, split_and_label
 from zoo.data.manifest import Dataset, Progress, map_files
 from zoo.data.window import Windowing, windowing_of_facts
 from zoo.errors import ZooError, one_line
@@ -65,6 +66,20 @@ def open_folder(folder: Path, progress: Progress | None = None) -> tuple[Dataset
             progress(len(rows), len(paths))
     shown = [path.encode(errors="backslashreplace").decode() for path in paths]
     placed = [split_and_label(path) for path in shown]
+    facts: dict[str, Any] = {"import": {"kind": "looked at"}}
+    of_splits: dict[str, set[str]] = {}
+    for (split, label), each in zip(placed, rows, strict=True):
+        if split and not each.no_image:
+            of_splits.setdefault(split, set()).add(label)
+    same = match_classes(list(of_splits.values())) if of_splits else {}
+    if same is None:
+        listed = "; ".join(
+            f"{split} has {one_line(', '.join(sorted(names)), 200)}" for split, names in of_splits.items()
+        )
+        facts["class_mismatch"] = f"the class folders of the splits differ: {listed}"
+    else:
+        facts["renamed_classes"] = {old: new for old, new in same.items() if old != new}
+        placed = [(split, same.get(label, label)) for split, label in placed]
     frame = pd.DataFrame(
         {
             "sample_id": [sha256_bytes(path.encode())[:16] for path in shown],
@@ -77,7 +92,6 @@ def open_folder(folder: Path, progress: Progress | None = None) -> tuple[Dataset
         }
     )
     classes = sorted({label for _, label in placed})
-    facts = {"import": {"kind": "looked at"}}
     dataset = Dataset(folder.name, folder, folder, classes, None, frame, "0" * 64, "skip", facts)
     return dataset, collect(rows, frame["sha256"].tolist())
 

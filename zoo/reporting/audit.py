@@ -50,8 +50,8 @@ class Audit:
 
     @property
     def ok(self) -> bool:
-        """Return whether nothing leaks and no picture has two labels."""
-        return self.leaks.ok
+        """Return whether nothing leaks, no picture has two labels, and the splits have the same classes."""
+        return bool(self.document["ok"])
 
 
 def audit_dataset(
@@ -86,14 +86,18 @@ def audit_dataset(
     splits = dataset.frame["split"].to_numpy(dtype=str)[good]
     if len(good) < 2 or len(set(y_true.tolist())) < 2:
         document = _document(dataset, facts, findings, pairs, leaks, order)
-        document |= {"leak_tax": {"images": len(good), "grouped_by": way}, "shortcuts": [], "ok": leaks.ok}
+        document |= {"leak_tax": {"images": len(good), "grouped_by": way}, "shortcuts": [], "ok": _ok(dataset, leaks)}
         return Audit(dataset, document, findings, leaks, pairs)
     tax = leak_tax(facts.small[good], y_true, splits, {name: each[good] for name, each in groups.items()})
     columns = {name: values[good] for name, values in file_facts(facts).items()}
     rows = shortcuts(columns, y_true, dataset.frame["group"].to_numpy(dtype=str)[good])
     document = _document(dataset, facts, findings, pairs, leaks, order)
-    document |= {"leak_tax": {**tax, "grouped_by": way}, "shortcuts": rows, "ok": leaks.ok}
+    document |= {"leak_tax": {**tax, "grouped_by": way}, "shortcuts": rows, "ok": _ok(dataset, leaks)}
     return Audit(dataset, document, findings, leaks, pairs)
+
+
+def _ok(dataset: Dataset, leaks: Leaks) -> bool:
+    return leaks.ok and "class_mismatch" not in dataset.facts
 
 
 def _groups_to_try(
@@ -159,6 +163,7 @@ def _document(
         if order is None
         else {"share": order.share, "by_chance": order.by_chance, "asked": order.asked, "found": order.found},
         "renamed_classes": record.get("renamed_classes", {}),
+        "class_mismatch": record.get("class_mismatch"),
         "dropped": len(record.get("dropped", {})),
         "faults": record.get("faults", []),
         "stratification_error": record.get("split", {}).get("stratification_error"),
@@ -176,6 +181,8 @@ def verdict(audit: Audit) -> str:
     name = audit.dataset.name
     if audit.ok:
         return f"No leak was found between the splits of {name}."
+    if audit.leaks.ok:
+        return f"{name} cannot be imported as it is: {audit.document['class_mismatch']}. Rename them to match."
     text = "; ".join(audit.leaks.sentences())
     return f"{name} leaks: {text}. Training on it is refused: {audit.leaks.remedy}."
 

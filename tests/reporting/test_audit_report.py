@@ -156,3 +156,17 @@ def test_the_lung_slices_show_their_tax(root, assets):
     assert document["leak_tax"]["grouped"]["top1"] == pytest.approx(0.73, abs=0.03)
     assert document["leak_tax"]["joined"]["top1"] < document["leak_tax"]["grouped"]["top1"]
     assert next(row for row in document["shortcuts"] if row["name"] == "file size")["suspicious"]
+
+
+def test_classes_that_differ_by_split_are_matched_or_said(tmp_path, write_scenes):
+    folder = write_scenes(
+        tmp_path / "p",
+        {"train/adeno_left": range(9), "train/normal": range(20, 29), "test/adeno": [40], "test/Normal": [50]},
+    )
+    audit = audit_dataset(folder)
+    assert audit.dataset.classes == ["Normal", "adeno"]
+    assert audit.document["renamed_classes"] == {"adeno_left": "adeno", "normal": "Normal"}
+    (folder / "test" / "Normal").rename(folder / "test" / "healthy")
+    audit = audit_dataset(folder)
+    assert not audit.ok
+    assert "the class folders of the splits differ" in verdict(audit)
