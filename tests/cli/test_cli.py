@@ -506,3 +506,17 @@ def test_mistakes_with_data_are_one_line(zoo, words, said):
     assert done.code == 1
     assert said in done.err
     assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_import_that_is_stopped_says_so_and_leaves_nothing(tmp_path, write_scenes, number, code):
+    folder = write_scenes(tmp_path / "p", {"a": range(300), "b": range(400, 700)})
+    command = [sys.executable, "-m", "zoo", "data", "import", str(folder), "--name", "p", "--home", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "data").glob(".import-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (code, "interrupted")
+    assert list((tmp_path / "data").iterdir()) == []

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from zoo.cli import benchmarks, datasets, listing, predictions, runs
-from zoo.errors import EXIT_MISTAKE, EXIT_SIGTERM, Interrupted, ZooError
+from zoo.errors import EXIT_MISTAKE, EXIT_SIGINT, EXIT_SIGTERM, Interrupted, ZooError
 
 app = typer.Typer(
     name="zoo",
@@ -55,7 +55,12 @@ class _Terminated(KeyboardInterrupt):
     exit_code = EXIT_SIGTERM
 
 
+_terminated = False
+
+
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    global _terminated  # noqa: PLW0603
+    _terminated = True
     raise _Terminated
 
 
@@ -65,6 +70,9 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
+        if code == EXIT_SIGINT:  # typer turns an interruption into this number, whatever the signal was
+            _say("interrupted")
+            code = EXIT_SIGTERM if _terminated else EXIT_SIGINT
         sys.exit(code if isinstance(code, int) else 0)
     except Interrupted as error:
         _say(str(error))

@@ -212,7 +212,7 @@ def audit(
     home: HomeOption = None,
 ) -> None:
     """Judge every file, find copies and leaks, and say what they are worth; exit code 1 where splits leak."""
-    from zoo.cli.screen import bars, print_json
+    from zoo.cli.screen import bars, console, print_json
     from zoo.errors import EXIT_MISTAKE
     from zoo.files import home as working_folder
     from zoo.files import user_path
@@ -229,11 +229,13 @@ def audit(
             group_blocks=group_blocks,
             tell=shown.images,
         )
+    if not json:
+        _print_audit(result)
     page, _ = write_audit(result, output)
     if json:
         print_json({**result.document, "page": str(page)})
     else:
-        _print_audit(result, page)
+        console().print(f"page: {page}", markup=False, soft_wrap=True)
     if not result.ok:
         raise typer.Exit(EXIT_MISTAKE)
 
@@ -262,7 +264,7 @@ def show(
         console().print(str(file), markup=False, soft_wrap=True)
 
 
-def _print_audit(result: Any, page: Path) -> None:
+def _print_audit(result: Any) -> None:
     from zoo.cli.screen import console, print_table
     from zoo.data.audit import KINDS
     from zoo.errors import one_line
@@ -320,7 +322,6 @@ def _print_audit(result: Any, page: Path) -> None:
     for each in document["faults"]:
         out.print(f"known fault: {each}", markup=False)
     out.print(verdict(result), markup=False)
-    out.print(f"page: {page}", markup=False, soft_wrap=True)
 
 
 def _first_pair(document: dict[str, Any], key: str) -> str:
