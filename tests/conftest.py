@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from scenes import draw_scene
 
 if TYPE_CHECKING:
     from zoo.files import Home
     from zoo.recipe import Recipe
 
+# Whoever runs the tests in the background has them ignore Ctrl-C, and so would the processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks; more threads only get in each other's way
@@ -149,16 +153,6 @@ def make_recipe() -> Callable[..., Recipe]:
         return parse_recipe(FULL, name, {key.replace("__", "."): value for key, value in overrides.items()})
 
     return make
-
-
-def draw_scene(seed: int, side: int = 64) -> Any:
-    """Return a smooth random picture with structure, as photographs have it: uint8 (side, side, 3)."""
-    import numpy as np
-    from PIL import Image
-
-    draw = np.random.default_rng(seed)
-    small = Image.fromarray(draw.integers(0, 256, (9, 9, 3), dtype=np.uint8))
-    return np.asarray(small.resize((side, side), Image.Resampling.BICUBIC))
 
 
 @pytest.fixture

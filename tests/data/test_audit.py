@@ -6,8 +6,8 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import draw_scene
 from PIL import Image
+from scenes import draw_scene
 
 from zoo.data.audit import judge_files, open_folder
 from zoo.data.facts import dataset_facts, wrong_suffix

@@ -5,8 +5,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import draw_scene
 from PIL import Image
+from scenes import draw_scene
 
 from zoo.data.canonical import canonical_names, canonical_record, published_rows
 from zoo.data.leaks import find_leaks

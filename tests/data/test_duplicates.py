@@ -4,10 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from conftest import draw_scene as scene
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scenes import draw_scene as scene
 
 from zoo.data.duplicates import HASH_RADIUS, candidate_pairs, components, exact_pairs, near_pairs
 from zoo.data.facts import look_at

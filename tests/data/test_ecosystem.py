@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_scene
 from PIL import Image
+from scenes import draw_scene
 
 from zoo.data.ecosystem import is_huggingface
 from zoo.data.sources import import_dataset

@@ -4,8 +4,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import draw_scene
 from PIL import Image
+from scenes import draw_scene
 
 from zoo.data.facts import dataset_facts, facts_file
 from zoo.data.leaks import find_leaks, refuse_leaks, scan_order

@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import draw_scene
 from PIL import Image
+from scenes import draw_scene
 
 from zoo.data.sources import import_dataset
 from zoo.errors import ZooError
@@ -50,6 +50,7 @@ def test_the_document_has_what_scripts_rely_on(hostile):
     assert set(audit.document) >= KEYS
     assert audit.document["ok"] is audit.ok is False
     assert audit.document["exact_duplicate_pairs"] == audit.document["cross_split_leaks"] == 1
+    assert audit.document["byte_identical_pairs"] == audit.document["components_torn_by_a_split"] == 1
     assert audit.document["unreadable"] == [{"path": "train/{{7*7}}/cut.png", "reason": "truncated"}]
     assert {"given", "random", "grouped"} <= set(audit.document["leak_tax"])
     assert "--repair" in verdict(audit)

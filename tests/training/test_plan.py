@@ -155,3 +155,19 @@ def test_a_changed_own_network_is_another_run_and_old_weights_do_not_enter_it(ti
             load_model(run, tiny)
     finally:
         own_models.pop("changing_net", None)
+
+
+def test_a_window_is_the_recipes_else_the_datasets_and_is_checked_before_work(tiny, make_recipe):
+    from zoo.files import read_toml, write_toml
+
+    file = tiny.data / "tiny" / "dataset.toml"
+    plain = make_plan(make_recipe(), "tiny", 0, tiny)
+    write_toml(file, read_toml(file) | {"window": "lung", "rescale": "1,-1024"})
+    named = make_plan(make_recipe(), "tiny", 0, tiny)
+    assert (plain.preprocessing.window, named.preprocessing.window) == (None, "lung")
+    assert named.preprocessing.rescale_intercept == -1024
+    own = make_plan(make_recipe(model__window="lung,mediastinum,bone"), "tiny", 0, tiny)
+    assert own.preprocessing.window == "lung,mediastinum,bone"
+    assert len({plain.digest, named.digest, own.digest}) == 3
+    with pytest.raises(ZooError, match="window must be lung"):
+        make_plan(make_recipe(model__window="lunge"), "tiny", 0, tiny)

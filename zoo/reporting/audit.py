@@ -12,7 +12,7 @@ import numpy as np
 
 from zoo.data.audit import KINDS, Finding, judge_files, open_folder
 from zoo.data.decode import BadImage, decode
-from zoo.data.duplicates import Ints, components
+from zoo.data.duplicates import Ints, components, exact_pairs
 from zoo.data.facts import Facts, dataset_facts, file_facts
 from zoo.data.leaks import (
     SCAN_BLOCK,
@@ -153,7 +153,9 @@ def _document(
         "formats": dict(Counter(facts.formats[facts.good].tolist())),
         "modes": dict(Counter(facts.modes[facts.good].tolist())),
         "exact_duplicate_pairs": len(pairs.exact),
+        "byte_identical_pairs": len(exact_pairs(_file_digests(dataset, facts))),
         "near_duplicate_pairs": len(pairs.near),
+        "components_torn_by_a_split": _torn(dataset, pairs),
         "near_duplicates_of_other_label": int((labels[pairs.near[:, 0]] != labels[pairs.near[:, 1]]).sum()),
         "label_conflicts": leaks.label_conflicts,
         "cross_split_leaks": leaks.count,
@@ -169,6 +171,18 @@ def _document(
         "stratification_error": record.get("split", {}).get("stratification_error"),
         "remedy": leaks.remedy,
     }
+
+
+def _file_digests(dataset: Dataset, facts: Facts) -> list[str]:
+    """Return the SHA-256 of each file; one that cannot be used is like no other."""
+    digests = zip(dataset.frame["sha256"], facts.good.tolist(), strict=True)
+    return [digest if good else f"none {place}" for place, (digest, good) in enumerate(digests)]
+
+
+def _torn(dataset: Dataset, pairs: Pairs) -> int:
+    """Return how many components of copies and near-copies stand in more than one split."""
+    whole = components(len(dataset.frame), pairs.near, pairs.exact)
+    return int((dataset.frame["split"].groupby(whole).nunique() > 1).sum())
 
 
 def _paths(dataset: Dataset, pairs: Ints, count: int = 500) -> list[list[str]]:
