@@ -130,3 +130,12 @@ def test_a_look_alike_of_the_chest_images_comes_out_clean(root, tmp_path):
     (next((tmp_path / "download" / "Data" / "test" / "normal").iterdir())).unlink()
     with pytest.raises(ZooError, match=r"the folder 'test/normal' holds 53 images, and should hold 54"):
         import_dataset("chest_ctscan", "other", root, from_=tmp_path / "download")
+
+
+def test_a_published_split_is_kept(root, assets):
+    from zoo.data.resplit import resplit_dataset
+
+    dataset = import_dataset("iq_othnccd", "iq_othnccd", root, from_=assets / "data" / "iq_othnccd")
+    assert resplit_dataset("iq_othnccd", root).split_digest == dataset.split_digest
+    with pytest.raises(ZooError, match="were shipped with the data and are kept"):
+        resplit_dataset("iq_othnccd", root, seed=1)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zoo.data.layouts import find_in_csv, find_in_folder, find_in_npz
+from zoo.data.ecosystem import find_in_npz
+from zoo.data.layouts import find_in_folder
+from zoo.data.listings import find_in_csv
 from zoo.errors import ZooError
 
 COLUMNS = ("path", "label", None)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from zoo.data.find import builtin_names
 from zoo.data.manifest import list_datasets, load_dataset, split_summary, verify_files
 from zoo.data.resplit import resplit_dataset
-from zoo.data.sources import builtin_names, describe_import, import_dataset
+from zoo.data.sources import describe_import, import_dataset
 from zoo.errors import ZooError
 from zoo.files import Home, sha256_bytes
 from zoo.runs import SPLITS

@@ -91,7 +91,8 @@ def import_(
     """Read images and labels, split them, and write dataset.toml and manifest.csv."""
     from zoo.cli.screen import assignments, bars
     from zoo.data.canonical import canonical_names
-    from zoo.data.sources import builtin_names, describe_import, import_dataset
+    from zoo.data.find import builtin_names
+    from zoo.data.sources import describe_import, import_dataset
     from zoo.errors import ZooError
 
     if name is None:
@@ -295,18 +296,7 @@ def _print_audit(result: Any) -> None:
         ("files",),
         folded=("what", "the first"),
     )
-    facts = [
-        [
-            row["name"],
-            f"{row['top1']:.3f}",
-            f"{row['top1_ci'][0]:.3f}–{row['top1_ci'][1]:.3f}",
-            f"{row['majority']:.3f}",
-        ]
-        for row in document["shortcuts"]
-    ]
-    if facts:
-        heads = ["shortcut: label from", "top1", "95% CI", "majority"]
-        print_table(heads, facts, numbers=heads[1:], folded=heads[:1])
+    _print_shortcuts(document["shortcuts"])
     heads = ["leak tax: top1 under", "groups", "1-NN", "logistic regression"]
     print_table(heads, tax_rows(document), numbers=heads[1:], folded=heads[:1])
     if document["scan_order"] and document["scan_order"]["found"]:
@@ -322,6 +312,23 @@ def _print_audit(result: Any) -> None:
     for each in document["faults"]:
         out.print(f"known fault: {each}", markup=False)
     out.print(verdict(result), markup=False)
+
+
+def _print_shortcuts(shortcuts: list[dict[str, Any]]) -> None:
+    from zoo.cli.screen import print_table
+
+    facts = [
+        [
+            row["name"],
+            f"{row['top1']:.3f}",
+            f"{row['top1_ci'][0]:.3f}–{row['top1_ci'][1]:.3f}",
+            f"{row['majority']:.3f}",
+        ]
+        for row in shortcuts
+    ]
+    if facts:
+        heads = ["shortcut: label from", "top1", "95% CI", "majority"]
+        print_table(heads, facts, numbers=heads[1:], folded=heads[:1])
 
 
 def _first_pair(document: dict[str, Any], key: str) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 import os
+import zipfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from zoo.data.layouts import Found, find_in_npz
+import numpy as np
+
+from zoo.data.layouts import Found
 from zoo.errors import ZooError, nearest, one_line
 from zoo.files import write_error
+from zoo.runs import SPLITS
 
 # What the constructors of torchvision call their splits; each is the first of its kind that is accepted.
 _SPLITS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
@@ -213,3 +217,76 @@ def _huggingface_pairs(
                 f"{one_line(folder)!r}: row {number} cannot be read ({one_line(error, 120)}); mend it"
             ) from error
         yield row[picture], row[label] if classes is None else classes.index(str(row[label]))
+
+
+def find_in_npz(path: Path, images: Path) -> Found:
+    """Return the images of a MedMNIST-style .npz, written as PNG files to `images/<split>/`.
+
+    It holds `<split>_images`, uint8 (N, H, W) or (N, H, W, 3), and `<split>_labels`, whole numbers (N,) or
+    (N, 1), for train and, if shipped, val and test. The classes are named by the numbers. Raises ZooError for
+    anything else.
+    """
+    from PIL import Image
+
+    found = Found("npz", images)
+    for split, (pixels, labels) in _npz_arrays(path).items():
+        digits = len(str(max(0, len(pixels) - 1)))
+        try:
+            (images / split).mkdir(parents=True)
+            for number, (array, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+                name = str(PurePosixPath(split) / f"{number:0{digits}}.png")
+                Image.fromarray(np.ascontiguousarray(array)).save(images / name)
+                found.add(name, str(label), split)
+        except OSError as error:
+            raise write_error(images / split, error) from error
+    return found
+
+
+def _npz_arrays(path: Path) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ZooError(f"{one_line(path)!r} is no .npz: it is cut off, or of another kind")
+        # Opened here, because numpy leaves a file open that it cannot read.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            keys = list(stored.keys())
+            wanted = {f"{split}_{what}" for split in SPLITS for what in ("images", "labels")}
+            arrays = {key: stored[key] for key in keys if key in wanted}
+    except ZooError:
+        raise
+    except Exception as error:  # ValueError for pickles, and what zipfile, zlib and struct raise for damage
+        raise ZooError(f"{one_line(path)!r} is no .npz of plain arrays: {one_line(error)}") from error
+    if not {"train_images", "train_labels"} <= set(arrays):
+        raise ZooError(
+            f"{one_line(path)!r} must hold train_images and train_labels (and val_, test_). It holds "
+            f"{one_line(', '.join(keys)) or 'none'}"
+        )
+    parts = {}
+    for split in SPLITS:
+        pixels, labels = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
+        if pixels is not None and labels is not None:
+            parts[split] = _checked(pixels, labels, f"{one_line(path)!r}: {split}")
+        elif (pixels is None) != (labels is None):
+            raise ZooError(f"{one_line(path)!r} must hold both {split}_images and {split}_labels, or neither")
+    return parts
+
+
+def _checked(
+    pixels: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], what: str
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return images of shape (N, H, W) or (N, H, W, 3) and labels of shape (N,)."""
+    if pixels.ndim == 4 and pixels.shape[3] == 1:
+        pixels = pixels[:, :, :, 0]
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[3] == 3)):
+        raise ZooError(
+            f"{what}_images must be uint8 of shape (N, H, W) or (N, H, W, 3). Got {pixels.dtype} of {pixels.shape}"
+        )
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        raise ZooError(f"{what}_labels has {labels.shape[1]} labels per image; only one label per image is supported")
+    labels = labels.reshape(-1) if labels.ndim == 2 else labels
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(pixels):
+        raise ZooError(
+            f"{what}_labels must be {len(pixels)} whole numbers, one per image. Got {labels.dtype} of {labels.shape}"
+        )
+    if len(pixels) == 0 or 0 in pixels.shape:
+        raise ZooError(f"{what}_images has no pixels: its shape is {pixels.shape}")
+    return pixels, labels

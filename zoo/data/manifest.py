@@ -81,7 +81,8 @@ def load_dataset(name: str, root: Home | None = None, *, make_builtin: bool = Tr
     root = root or home()
     folder = root.data / check_name(name, "dataset")
     if not (folder / "dataset.toml").is_file():
-        from zoo.data.sources import builtin_names, import_dataset
+        from zoo.data.find import builtin_names
+        from zoo.data.sources import import_dataset
 
         if make_builtin and name in builtin_names():
             made = import_dataset(name, name, root)
@@ -130,7 +131,7 @@ def list_datasets(root: Home | None = None) -> list[dict[str, Any]]:
     or, for a `dataset.toml` that cannot be read, `damaged: <why>`.
     """
     from zoo.data.canonical import canonical_names
-    from zoo.data.sources import builtin_names
+    from zoo.data.find import builtin_names
 
     rows: dict[str, dict[str, Any]] = {
         name: {"name": name, "status": "built-in", "images": None, "classes": None, "summary": summary}

@@ -15,8 +15,9 @@ import numpy as np
 from zoo.data.dicom import DicomFault, read_subject
 from zoo.data.duplicates import Ints, components
 from zoo.data.facts import dataset_facts
-from zoo.data.layouts import Found, column_of_csv
+from zoo.data.layouts import Found
 from zoo.data.leaks import GROUPINGS, duplicate_pairs
+from zoo.data.listings import column_of_csv
 from zoo.data.look import patient_group, read_salt, write_salt
 from zoo.data.manifest import Dataset, Progress, Row, load_dataset, manifest_rows, map_files, write_dataset
 from zoo.data.rows import Grouping, count_rows, join_groups, repair_rows, split_rows
@@ -85,22 +86,7 @@ def resplit_dataset(
     wanted = _Wanted(ratios, seed, grouping, group_csv, path_column, drop_duplicates, repair)
     old: dict[str, Any] = dataset.facts.get("split", {})
     shipped = [] if force else list(old.get("shipped", []))
-    if old.get("folds") and not force and wanted.redraws:
-        raise ZooError(f"{name!r} is one of {old['folds']} folds; split the dataset that it was made of, or --force")
-    if len(shipped) == len(SPLITS) and wanted.redraws:
-        raise ZooError(
-            f"the splits of {name!r} were shipped with the data and are kept; --repair drops what leaks, --force "
-            f"draws others"
-        )
-    if near_duplicates is False and old.get("near_duplicates") and not grouping.record():
-        raise ZooError(
-            f"the groups of {name!r} hold near-duplicates already; name a way of grouping too, or import it again with "
-            "--no-group-near-duplicates"
-        )
-    if group_csv is not None and group_column is None:
-        raise ZooError("--group-csv needs --group-column, the name of its column to group by")
-    if repair and not shipped:
-        raise ZooError(f"--repair is for splits that were shipped with the data; {name!r} can be drawn anew without it")
+    _refuse_impossible(name, wanted, old, shipped, force)
     record = read_toml(dataset.folder / "dataset.toml")
     rows = manifest_rows(dataset)
     dropped: dict[str, str] = dict(record.get("dropped", {}))
@@ -122,6 +108,26 @@ def resplit_dataset(
         record["dropped"] = dropped
     write_dataset(dataset.folder, rows, record)
     return load_dataset(name, root)
+
+
+def _refuse_impossible(name: str, wanted: _Wanted, old: dict[str, Any], shipped: Sequence[str], force: bool) -> None:
+    """Raise ZooError for options that contradict each other or the dataset's own split."""
+    if old.get("folds") and not force and wanted.redraws:
+        raise ZooError(f"{name!r} is one of {old['folds']} folds; split the dataset that it was made of, or --force")
+    if len(shipped) == len(SPLITS) and wanted.redraws:
+        raise ZooError(
+            f"the splits of {name!r} were shipped with the data and are kept; --repair drops what leaks, --force "
+            f"draws others"
+        )
+    if wanted.grouping.near_duplicates is False and old.get("near_duplicates") and not wanted.regroups:
+        raise ZooError(
+            f"the groups of {name!r} hold near-duplicates already; name a way of grouping too, or import it again with "
+            "--no-group-near-duplicates"
+        )
+    if wanted.group_csv is not None and wanted.grouping.group_column is None:
+        raise ZooError("--group-csv needs --group-column, the name of its column to group by")
+    if wanted.repair and not shipped:
+        raise ZooError(f"--repair is for splits that were shipped with the data; {name!r} can be drawn anew without it")
 
 
 def _near(dataset: Dataset, wanted: _Wanted, old: dict[str, Any], progress: Progress | None) -> Ints | None:

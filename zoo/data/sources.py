@@ -6,13 +6,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from zoo.data.canonical import (
-    canonical_names,
     canonical_record,
     check_original,
     find_original,
@@ -23,11 +22,11 @@ from zoo.data.canonical import (
 )
 from zoo.data.dicom import pseudonym
 from zoo.data.duplicates import Ints, components, near_pairs
-from zoo.data.ecosystem import find_in_huggingface, find_in_medmnist, find_in_torchvision, is_huggingface
 from zoo.data.facts import ImageFacts, collect, file_stats, write_facts
-from zoo.data.layouts import Found, find_in_csv, find_in_folder, find_in_npz, find_with_labels
+from zoo.data.find import DESCRIBED, find_source
+from zoo.data.layouts import Found
 from zoo.data.leaks import describe_leaks, find_leaks
-from zoo.data.look import Look, default_window, subject_of, write_salt
+from zoo.data.look import Look, default_window, write_salt
 from zoo.data.manifest import (
     BAD_IMAGES,
     Dataset,
@@ -47,8 +46,6 @@ from zoo.files import FULL, Home, check_name, home, read_toml, user_path, write_
 
 _SUFFIX = re.compile(r"files that are no image \(.*")
 _NEGATIVE = re.compile(r"(?<![a-z])(normal|healthy|negative|controls?|no[ _-]*findings?)(?![a-z])")
-# What a person may write into dataset.toml by hand; importing the same again leaves it as it is.
-_DESCRIBED = ("summary", "licence", "source", "note", "medical")
 
 
 def import_dataset(
@@ -103,56 +100,42 @@ def import_dataset(
     parse_window(window or "lung")
     parse_rescale(rescale or "1,0")
     with _stage(root, name) as stage:
-        columns = (path_column, label_column, group_column)
         if is_canonical(source):
-            original = _import_canonical(str(source), stage, folder, from_, progress, overwrite)
-            if original is None:
+            held = _import_canonical(str(source), stage, folder, from_, progress, overwrite)
+            if held is None:
                 return load_dataset(name, root)
-            found = original
+            found = held
         else:
-            found = _find(source, folder, root, stage, columns, labels, from_, builtin_options)
+            columns = (path_column, label_column, group_column)
+            found = find_source(source, folder, root, stage, columns, labels, from_, builtin_options)
         check_classes(found.labels)
-        look = Look(
-            found.root,
-            stage / "images",
-            folder / ".salt",
-            window or default_window(found.root, found.paths),
-            rescale,
-            copy,
-        )
+        negative = _negative_class(_class_order(set(found.labels)), negative_class or found.negative_class)
+        seen_through = window or default_window(found.root, found.paths)
+        look = Look(found.root, stage / "images", folder / ".salt", seen_through, rescale, copy)
         grouping.apply(found)
         kept, facts, skipped, originals = _examine_all(found, look, bad_images, progress)
-        if look.found_patients:
-            named = sum(group.startswith("patient-") for group in kept.groups) / len(kept.groups)
-            kept.grouped_by = {**kept.grouped_by, "group_patient": True, "group_patient_share": round(named, 3)}
         rows, split_facts = _split(kept, facts, ratios, seed, near_duplicates)
-        if found.kind == "canonical":
-            rows, split_facts["dropped"] = repair_rows(rows, _near(kept, facts), drop_duplicates=True)
-            split_facts["counts"] = count_rows(rows)
-        described = {
+        if look.copied or (copy and not kept.root.is_relative_to(stage)):
+            _copy({new: old for new, old in originals.items() if new not in look.copied}, kept.root, stage / "images")
+        record = {
             "name": name,
             "summary": f"{len(rows)} images of {len(set(kept.labels))} classes",
             **found.described,
+            "root": "images" if (stage / "images").is_dir() else _root_text(found.root, source, folder),
+            "classes": _class_order(set(kept.labels)),
+            "negative_class": negative,
             "bad_images": bad_images,
             "window": window or (look.window if look.found_dicom or look.found_deep else None),
             "rescale": rescale,
+            "renamed_classes": found.renamed_classes,
+            "import": {"kind": found.kind, **found.options},
             **split_facts,
+            "left_out": found.left_out,
             "skipped": skipped,
         }
         if look.found_dicom:
             write_salt(folder / ".salt", look.salt)
-        _finish(
-            kept,
-            rows,
-            described,
-            stage,
-            folder,
-            source,
-            look,
-            negative_class or found.negative_class,
-            overwrite,
-            originals,
-        )
+        _write(folder, rows, _filled(record), stage, overwrite)
     dataset = load_dataset(name, root)
     _remember(dataset, kept.paths, facts)
     return dataset
@@ -164,40 +147,17 @@ def _split(
     """Return the manifest's rows and what is said of them; near-duplicates are kept together unless forbidden."""
     near = None if near_duplicates is False else components(len(facts), _near(kept, facts))
     digests = [(each.sha256, each.pixel_sha256) for each in facts]
-    return split_rows(kept, digests, ratios, seed, near, near_required=near_duplicates is True)
+    rows, said = split_rows(kept, digests, ratios, seed, near, near_required=near_duplicates is True)
+    if kept.kind == "canonical":
+        # What is known of a public data set is mended at once: no copy in test, none with two labels.
+        rows, said["dropped"] = repair_rows(rows, _near(kept, facts), drop_duplicates=True)
+        said["counts"] = count_rows(rows)
+    return rows, said
 
 
 def _near(kept: Found, facts: Sequence[ImageFacts]) -> Ints:
     columns = collect(facts, [each.sha256 for each in facts])
     return near_pairs(columns.phash, columns.small, kept.labels, [each.pixel_sha256 for each in facts])
-
-
-def _finish(
-    found: Found,
-    rows: Sequence[Row],
-    described: dict[str, Any],
-    stage: Path,
-    folder: Path,
-    source: str | Path,
-    look: Look,
-    negative: str | None,
-    overwrite: bool,
-    originals: dict[str, str],
-) -> None:
-    """Copy what is to be copied, and put images, manifest and `dataset.toml` in place."""
-    if look.copied or (look.copy and not found.root.is_relative_to(stage)):
-        _copy({path: old for path, old in originals.items() if path not in look.copied}, found.root, stage / "images")
-    classes = _class_order(set(found.labels))
-    record = {
-        **described,
-        "root": "images" if (stage / "images").is_dir() else _root_text(found.root, source, folder),
-        "classes": classes,
-        "negative_class": _negative_class(classes, negative),
-        "renamed_classes": found.renamed_classes,
-        "import": {"kind": found.kind, **found.options},
-        "left_out": found.left_out,
-    }
-    _write(folder, rows, _filled(record), stage, overwrite)
 
 
 def _remember(dataset: Dataset, paths: Sequence[str], facts: Sequence[ImageFacts]) -> None:
@@ -209,13 +169,6 @@ def _remember(dataset: Dataset, paths: Sequence[str], facts: Sequence[ImageFacts
 
 def _filled(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if value not in (None, {})}
-
-
-def builtin_names() -> dict[str, str]:
-    """Return the built-in data: name to summary."""
-    from zoo.data.builtin import BUILTIN
-
-    return {name: each.summary for name, each in BUILTIN.items()}
 
 
 def describe_import(dataset: Dataset) -> list[str]:
@@ -266,91 +219,6 @@ def _stage(root: Home, name: str) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _find(
-    source: str | Path,
-    folder: Path,
-    root: Home,
-    stage: Path,
-    columns: tuple[str, str, str | None],
-    labels: str | Path | None,
-    from_: str | Path | None,
-    options: dict[str, Any],
-) -> Found:
-    known = builtin_names()
-    if columns[2] is not None and Path(source).suffix.lower() != ".csv":
-        raise ZooError("group_column is for a CSV; group other sources by a regex or by blocks")
-    _refuse_idle_options(source, known, labels, from_)
-    if isinstance(source, str) and source in known:
-        return _find_builtin(source, stage / "images", options)
-    if options:
-        raise ZooError(f"the option {one_line(next(iter(options)))!r} is for built-in data alone ({', '.join(known)})")
-    if (named := _find_by_library(str(source), from_, stage / "images")) is not None:
-        return named
-    path = _existing(source, known)
-    if path.is_relative_to(folder.resolve()):
-        raise ZooError(
-            f"the source {one_line(source)!r} lies in the dataset's own folder, {str(folder)!r}; move it "
-            "elsewhere, or choose another --name"
-        )
-    if labels is not None:
-        if not path.is_dir():
-            raise ZooError(
-                f"labels go with a folder of images. Got {one_line(source)!r}; name the folder as the source"
-            )
-        return find_with_labels(path, _existing(labels, {}), columns[0], columns[1], subject_of)
-    if path.is_dir() and is_huggingface(path):
-        return find_in_huggingface(path, stage / "images")
-    if path.is_dir():
-        own = (root.data, root.runs.parent, root.recipes, root.benchmarks)
-        return find_in_folder(path, {each.resolve(): "folders of the zoo itself" for each in own})
-    if path.suffix.lower() == ".csv":
-        return find_in_csv(path, *columns)
-    if path.suffix.lower() == ".npz":
-        return find_in_npz(path, stage / "images")
-    raise ZooError(
-        f"the source must be a folder, a .csv or .npz file, or built-in data ({', '.join(known)}). Got "
-        f"{one_line(source)!r}; unpack an archive first"
-    )
-
-
-def _refuse_idle_options(
-    source: str | Path, known: dict[str, str], labels: str | Path | None, from_: str | Path | None
-) -> None:
-    """Raise ZooError for options that would have no effect on this source."""
-    library = str(source).partition(":")[0] in ("torchvision", "medmnist")
-    if labels is not None and (str(source) in known or library):
-        raise ZooError(f"labels go with a folder of images. Got {one_line(source)!r}; leave --labels out")
-    if from_ is not None and not library:
-        names = ", ".join([*canonical_names(), "torchvision:NAME", "medmnist:NAME"])
-        raise ZooError(f"--from goes with a public data set ({names}). Got the source {one_line(source)!r}")
-
-
-def _find_by_library(source: str, from_: str | Path | None, images: Path) -> Found | None:
-    """Return the images of `torchvision:NAME` or `medmnist:NAME`, None for another source."""
-    kind, _, name = source.partition(":")
-    place = user_path(from_) if from_ else None
-    if kind == "medmnist" and name:
-        return find_in_medmnist(name, place, images)
-    if kind == "torchvision" and name:
-        return find_in_torchvision(name, place, images, os.environ.get("HF_HUB_OFFLINE", "0") == "1")
-    return None
-
-
-def _existing(source: str | Path, known: Iterable[str]) -> Path:
-    path = user_path(source)
-    try:
-        there = path.exists()
-    except OSError:  # a name too long, a folder on the way that cannot be read
-        there = False
-    if not there:
-        names = [*known, *canonical_names()]
-        raise ZooError(
-            f"there is nothing at {one_line(source)!r}{nearest(str(source), names)}; give a folder, a .csv "
-            f"or .npz file, or built-in data ({', '.join(names)})"
-        )
-    return path.resolve()
-
-
 def _import_canonical(
     source: str, stage: Path, folder: Path, from_: str | Path | None, progress: Progress | None, overwrite: bool
 ) -> Found | None:
@@ -366,25 +234,6 @@ def _import_canonical(
     stage_published(source, rows, original, stage / "images", progress)
     _write(folder, rows, {**canonical_record(source), "name": folder.name}, stage, overwrite)
     return None
-
-
-def _find_builtin(name: str, images: Path, options: dict[str, Any]) -> Found:
-    from zoo.data.builtin import BUILTIN
-
-    builtin = BUILTIN[name]
-    found = Found("built-in", images, negative_class=builtin.negative_class)
-    found.options = {"name": name, **options}
-    found.described = {
-        key: value for key in _DESCRIBED if (value := getattr(builtin, key, None)) is not None and value != ""
-    }
-    images.mkdir()
-    # `seed` alone means the split's everywhere.
-    renamed = {"seed" if key == "data_seed" else key: value for key, value in options.items()}
-    for row in builtin.make(images, renamed):
-        found.add(row["path"], row["label"], "", row["group"])
-    if any(found.groups):
-        found.grouped_by = {"group_column": "group"}
-    return found
 
 
 def _examine_all(
@@ -425,6 +274,8 @@ def _examine_all(
         kept.groups = [group and f"group-{pseudonym(group, look.salt)}" for group in kept.groups]
         found.left_out = {_SUFFIX.sub("files that are no image", what): count for what, count in found.left_out.items()}
     if look.found_patients:
+        named = sum(bool(patient) for _, patient, _ in left) / len(left)
+        kept.grouped_by = {**kept.grouped_by, "group_patient": True, "group_patient_share": round(named, 3)}
         kept.groups = join_groups([[patient for _, patient, _ in left], kept.groups], kept.paths)
     # A name that is no UTF-8 cannot stand in a file of UTF-8 as it is, nor one that may name a patient.
     skipped = {
@@ -488,7 +339,7 @@ def _write(folder: Path, rows: Sequence[Row], record: dict[str, Any], stage: Pat
             old = read_toml(folder / "dataset.toml")
         except ZooError as error:
             raise ZooError(f"{error}; replace the dataset with --overwrite") from error
-        record |= {key: old[key] for key in _DESCRIBED if key in old}
+        record |= {key: old[key] for key in DESCRIBED if key in old}
         # The same data may lie elsewhere by now; that alone makes no other dataset.
         differing = [
             key
