@@ -110,7 +110,9 @@ def logistic_regression(shape: tuple[int, ...], c: float = 0.01) -> Any:
     from sklearn.preprocessing import StandardScaler
 
     # Few components make it a matter of seconds for thousands of images, and the same on every run.
-    components = PCA(min(_COMPONENTS, *shape), svd_solver="covariance_eigh")
+    # The covariance of 1024 pixels costs the same however few images there are; below some hundreds SVD is faster.
+    solver = "full" if shape[0] < 256 else "covariance_eigh"
+    components = PCA(min(_COMPONENTS, *shape), svd_solver=solver)
     return make_pipeline(StandardScaler(), components, LogisticRegression(C=c, max_iter=500))
 
 
