@@ -520,3 +520,11 @@ def test_an_import_that_is_stopped_says_so_and_leaves_nothing(tmp_path, write_sc
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err.strip()) == (code, "interrupted")
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_public_data_set_can_be_looked_up_before_it_is_here(zoo):
+    shown = zoo("show", "chest_ctscan", "--json").json
+    assert shown["status"] == "to import with --from"
+    assert "7 classes" in shown["faults"][0]
+    listed = {row["name"]: row["status"] for row in zoo("list", "datasets", "--json").json}
+    assert listed["iq_othnccd"] == "to import with --from"

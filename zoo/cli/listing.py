@@ -171,6 +171,7 @@ def show(
 def _find(name: str) -> dict[str, Any]:
     """Return what a name stands for; a recipe comes before a model of the same name."""
     from zoo.benchmark.suite import list_benchmarks, load_benchmark
+    from zoo.data.canonical import canonical_names, canonical_record
     from zoo.data.manifest import list_datasets, load_dataset, split_summary
     from zoo.errors import ZooError, nearest, one_line
     from zoo.files import home
@@ -179,7 +180,7 @@ def _find(name: str) -> dict[str, Any]:
     from zoo.runs import find_run, list_runs
 
     recipes, benches = list_recipes(), list_benchmarks()
-    datasets = [row["name"] for row in list_datasets()]
+    datasets = {row["name"]: row["status"] for row in list_datasets()}
     if name in recipes or (name.endswith(".toml") and name not in benches):
         recipe = load_recipe(name)
         return {"kind": "recipe", "name": recipe.name, **recipe.table(), "digest": recipe.digest}
@@ -187,6 +188,8 @@ def _find(name: str) -> dict[str, Any]:
         found = load_benchmark(name)
         return {"kind": "benchmark", "name": found.name, **found.model_dump(mode="json")}
     if name in datasets:
+        if name in canonical_names() and datasets[name] != "ready":
+            return {"kind": "dataset", "status": datasets[name], **canonical_record(name)}
         if not (home().data / name / "dataset.toml").is_file():
             return {"kind": "dataset", "name": name, "status": "built-in, made on first use"}
         dataset = load_dataset(name)
