@@ -185,6 +185,15 @@ def check_writable(folder: Path, needed_bytes: int = 16 << 20) -> None:
     (folder / ".zoo-write-test").unlink(missing_ok=True)
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Write bytes to a file of a folder that is still being put together: not atomic, the folder itself is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text as UTF-8, atomically."""
     with atomic_writer(path) as stream:

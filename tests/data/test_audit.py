@@ -115,7 +115,9 @@ def test_every_bad_file_is_found_and_no_good_one_accused(root, tmp_path):
 
 @pytest.mark.slow
 def test_25_bad_files_are_found_in_10000(root, tmp_path):
-    check_all_found(root, tmp_path / "source", plant(tmp_path / "source", 10_000, side=24))
+    wanted = plant(tmp_path / "source", 10_000, side=24)
+    assert len(wanted) == 25
+    check_all_found(root, tmp_path / "source", wanted)
 
 
 def test_files_that_changed_or_went_since_the_import_are_named(root, tmp_path, write_scenes):

@@ -70,9 +70,10 @@ def test_only_the_split_that_is_asked_for_is_opened(dataset):
 
 
 def test_a_touched_file_is_the_same_image(dataset):
-    open_pixels(dataset, "val", HERE)
+    before = open_pixels(dataset, "val", HERE)
     first_file(dataset).touch()
-    open_pixels(dataset, "val", HERE, progress=lambda *_: pytest.fail("decoded again"))
+    after = open_pixels(dataset, "val", HERE, progress=lambda *_: pytest.fail("decoded again"))
+    np.testing.assert_array_equal(after[0], before[0])
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -139,3 +139,9 @@ def test_a_published_split_is_kept(root, assets):
     assert resplit_dataset("iq_othnccd", root).split_digest == dataset.split_digest
     with pytest.raises(ZooError, match="were shipped with the data and are kept"):
         resplit_dataset("iq_othnccd", root, seed=1)
+
+
+@pytest.mark.parametrize("options", [{"window": "lung"}, {"group_blocks": 20}, {"copy": True}, {"patients": 3}])
+def test_a_public_set_takes_no_options_of_its_own(root, tmp_path, options):
+    with pytest.raises(ZooError, match="is imported as it is published"):
+        import_dataset("iq_othnccd", "iq_othnccd", root, from_=tmp_path, **options)

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from scenes import draw_scene
+from scenes import READY_SPLIT, draw_scene
 
 from zoo.data.facts import dataset_facts, facts_file
 from zoo.data.leaks import find_leaks, refuse_leaks, scan_order
@@ -14,19 +14,10 @@ from zoo.data.resplit import resplit_dataset
 from zoo.data.sources import describe_import, import_dataset
 from zoo.errors import ZooError
 
-SPLIT = {
-    "train/a": range(20),
-    "train/b": range(20, 40),
-    "val/a": range(40, 46),
-    "val/b": range(46, 52),
-    "test/a": range(52, 58),
-    "test/b": range(58, 64),
-}
-
 
 @pytest.fixture
 def source(tmp_path, write_scenes):
-    return write_scenes(tmp_path / "source", SPLIT)
+    return write_scenes(tmp_path / "source", READY_SPLIT)
 
 
 def test_an_honest_split_has_no_leaks(root, source):

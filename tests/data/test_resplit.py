@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scenes import READY_SPLIT
 
 from zoo.data.leaks import find_leaks
 from zoo.data.manifest import load_dataset, manifest_bytes
@@ -26,17 +27,7 @@ def photos(root, tmp_path, write_scenes):
 
 @pytest.fixture
 def leaking(root, tmp_path, write_scenes):
-    folder = write_scenes(
-        tmp_path / "leaking",
-        {
-            "train/a": range(20),
-            "train/b": range(20, 40),
-            "val/a": range(40, 46),
-            "val/b": range(46, 52),
-            "test/a": range(52, 58),
-            "test/b": range(58, 64),
-        },
-    )
+    folder = write_scenes(tmp_path / "leaking", READY_SPLIT)
     shutil.copy(folder / "train/a/00003.png", folder / "test/a/copy.png")
     shutil.copy(folder / "train/a/00003.png", folder / "val/a/copy.png")
     Image.open(folder / "train/b/00025.png").save(folder / "test/b/again.jpg", quality=70)

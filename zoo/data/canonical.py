@@ -14,7 +14,7 @@ from typing import Any
 from zoo.data.layouts import IMAGE_SUFFIXES, Found, find_in_folder
 from zoo.data.manifest import Progress, Row, read_rows
 from zoo.errors import ZooError, one_line
-from zoo.files import builtin_folder, read_toml, sha256_bytes, user_path, write_error
+from zoo.files import builtin_folder, read_toml, sha256_bytes, user_path, write_new
 
 _MAX_MEMBER_BYTES = 256 << 20
 _ZIP_FAULTS = (
@@ -67,22 +67,16 @@ def stage_published(name: str, rows: list[Row], original: Path, images: Path, pr
     for data in _contents(original):
         seen += 1
         for path in wanted.pop(sha256_bytes(data), []):
-            target = images / path
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(data)
-            except OSError as error:
-                raise write_error(target, error) from error
+            write_new(images / path, data)
             done += 1
             if progress:
                 progress(done, len(rows))
     if wanted:
         first = min(path for paths in wanted.values() for path in paths)
         raise ZooError(
-            f"{one_line(original)!r} is not the {name} that is published here: {done} of its {len(rows)} images "
-            f"are in it "
-            f"(of {seen} looked at), {one_line(first)!r} for one is not; take the original download, or import it as a "
-            "folder under another --name"
+            f"{one_line(original)!r} is not the {name} that is published here: {done} of its {len(rows)} images are "
+            f"in it (of {seen} looked at), {one_line(first)!r} for one is not; take the original download, or import "
+            "it as a folder under another --name"
         )
 
 
@@ -106,8 +100,8 @@ def find_original(name: str, original: Path, stage: Path) -> Found:
         key = min(key for key in counts.keys() | facts["images"].keys() if counts.get(key) != facts["images"].get(key))
         raise ZooError(
             f"{one_line(original)!r} is not the original {name}: the folder {one_line(key)!r} holds "
-            f"{counts.get(key, 0)} "
-            f"images, and should hold {facts['images'].get(key, 0)}; import it as a folder under another --name"
+            f"{counts.get(key, 0)} images, and should hold {facts['images'].get(key, 0)}; import it as a folder under "
+            "another --name"
         )
     found.kind, found.options = "canonical", {"name": name}
     found.negative_class = record.get("negative_class")
@@ -159,27 +153,13 @@ def _members(archive: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                         f"{one_line(archive)!r}: {one_line(path)!r} is too large: {member.file_size >> 20} MiB"
                     )
                 yield path, opened.read(member)
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        zlib.error,
-        lzma.LZMAError,
-    ) as error:
+    except _ZIP_FAULTS as error:
         raise ZooError(f"cannot read {one_line(archive)!r} as a .zip: {one_line(error)}; download it again") from error
 
 
 def _unpack(archive: Path, folder: Path) -> Path:
     for path, data in _members(archive):
-        target = folder / path
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-        except OSError as error:
-            raise write_error(target, error) from error
+        write_new(folder / path, data)
     if not folder.is_dir():
         raise ZooError(f"{one_line(archive)!r} holds no image; give the original download")
     return folder

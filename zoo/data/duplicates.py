@@ -62,7 +62,7 @@ def near_pairs(
     candidates = _candidates(hashes[chosen], small[chosen])
     for block in (part for pairs in candidates for part in _blocks(pairs, _CONFIRM_BLOCK)):
         one, other = chosen[block[:, 0]], chosen[block[:, 1]]
-        distance = 1.0 - np.einsum("ij,ij->i", _standard(small[one]), _standard(small[other]))
+        distance = 1.0 - np.einsum("ij,ij->i", standardised(small[one]), standardised(small[other]))
         found.append(np.stack([one, other], axis=1)[distance <= np.minimum(allowed[one], allowed[other])])
     pairs = np.concatenate(found) if found else np.zeros((0, 2), np.int64)
     return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
@@ -160,7 +160,7 @@ def _blocks(pairs: Ints, size: int) -> Iterator[Ints]:
         yield pairs[start : start + size]
 
 
-def _standard(small: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def standardised(small: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Return pictures as rows of mean 0 and length 1, whose products are correlations."""
     values = small.reshape(len(small), -1).astype(np.float32)
     values -= values.mean(axis=1, keepdims=True)
@@ -185,7 +185,7 @@ def _usual_distance(small: np.ndarray[Any, Any], places: Ints) -> float:
     """Return the median distance of pairs among at most 64 pictures, spread evenly over the places."""
     if len(places) < 2:
         return 1.0
-    values = _standard(small[places[np.linspace(0, len(places) - 1, min(64, len(places))).astype(int)]])
+    values = standardised(small[places[np.linspace(0, len(places) - 1, min(64, len(places))).astype(int)]])
     one, other = np.triu_indices(len(values), 1)
     return float(np.median(1.0 - (values @ values.T)[one, other]))
 

@@ -18,7 +18,6 @@ from zoo.runs import SPLITS
 
 # What the constructors of torchvision call their splits; each is the first of its kind that is accepted.
 _SPLITS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
-_NOT_CLASSES = {"FakeData"}
 
 
 def find_in_torchvision(name: str, folder: Path | None, images: Path, offline: bool) -> Found:
@@ -67,7 +66,7 @@ def _open_torchvision(kind: Any, name: str, root: Path, options: dict[str, Any],
 
     parameters = inspect.signature(kind.__init__).parameters
     arguments: dict[str, Any] = dict(options)
-    if "root" in parameters and name not in _NOT_CLASSES:
+    if "root" in parameters:
         arguments["root"] = str(root)
     try:
         return kind(**arguments)
@@ -87,19 +86,23 @@ def _open_torchvision(kind: Any, name: str, root: Path, options: dict[str, Any],
     except (URLError, RuntimeError, OSError, ImportError) as error:
         raise ZooError(
             f"torchvision's {name} is not in {str(root)!r} and cannot be downloaded ({one_line(error, 120)}); "
-            f"put its files "
-            "there and name the folder with --from"
+            "put its files there and name the folder with --from"
         ) from None
 
 
-def _pairs(data: Any, name: str) -> Iterator[tuple[Any, Any]]:
+def _items(data: Any, name: str) -> Iterator[Any]:
+    """Yield the items of a data set; raises ZooError for one that cannot be read."""
     for number in range(len(data)):
         try:
             item = data[number]
-        except Exception as error:
-            raise ZooError(
-                f"{name}: item {number} cannot be read ({one_line(error, 120)}); download it again"
-            ) from error
+        except Exception as error:  # whatever a library raises for a damaged file
+            reason = one_line(error, 120)
+            raise ZooError(f"{name}: item {number} cannot be read ({reason}); download or save it again") from error
+        yield item
+
+
+def _pairs(data: Any, name: str) -> Iterator[tuple[Any, Any]]:
+    for item in _items(data, name):
         if not isinstance(item, tuple) or len(item) != 2:
             raise ZooError(f"{name} is no image classification: an item must be an image and a class")
         yield item
@@ -114,8 +117,7 @@ def _write_items(pairs: Iterator[tuple[Any, Any]], classes: list[str], split: st
         if not isinstance(image, Image.Image) or isinstance(index, bool) or not isinstance(index, int):
             raise ZooError(
                 f"{found.options.get('name', found.kind)} is no image classification: an item must be an image "
-                f"and a class. "
-                f"Got {type(image).__name__} and {type(target).__name__}"
+                f"and a class. Got {type(image).__name__} and {type(target).__name__}"
             )
         label = classes[index] if 0 <= index < len(classes) else str(index)
         path = f"{split or 'all'}/{index}/{number:06}.png"
@@ -138,9 +140,8 @@ def find_in_medmnist(name: str, folder: Path | None, images: Path) -> Found:
     file = folder / f"{name}.npz"
     if not file.is_file():
         raise ZooError(
-            f"there is no {str(file)!r}; download {one_line(name)}.npz from MedMNIST (doi "
-            f"10.5281/zenodo.10519652) and name "
-            "its folder with --from"
+            f"there is no {str(file)!r}; download {one_line(name)}.npz from MedMNIST (doi 10.5281/zenodo.10519652) "
+            "and name its folder with --from"
         )
     found = find_in_npz(file, images)
     try:
@@ -196,27 +197,15 @@ def find_in_huggingface(folder: Path, images: Path) -> Found:
             )
         kind = features[labels[0]]
         classes = list(kind.names) if isinstance(kind, ClassLabel) else sorted({str(each) for each in data[labels[0]]})
-        labels_only = None if isinstance(kind, ClassLabel) else classes
-        pairs = _huggingface_pairs(data, pictures[0], labels[0], labels_only, folder)
+        place = {} if isinstance(kind, ClassLabel) else {label: number for number, label in enumerate(classes)}
+        rows = _items(data, repr(one_line(folder)))
+        pairs = ((row[pictures[0]], place.get(str(row[labels[0]]), row[labels[0]])) for row in rows)
         _write_items(pairs, [str(each) for each in classes], names[part], images, found)
     if not found.paths:
         raise ZooError(
             f"{one_line(folder)!r} has no split train, validation or test; it has {one_line(', '.join(parts))}"
         )
     return found
-
-
-def _huggingface_pairs(
-    data: Any, picture: str, label: str, classes: list[str] | None, folder: Path
-) -> Iterator[tuple[Any, Any]]:
-    for number in range(len(data)):
-        try:
-            row = data[number]
-        except Exception as error:
-            raise ZooError(
-                f"{one_line(folder)!r}: row {number} cannot be read ({one_line(error, 120)}); mend it"
-            ) from error
-        yield row[picture], row[label] if classes is None else classes.index(str(row[label]))
 
 
 def find_in_npz(path: Path, images: Path) -> Found:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.decode import BadImage, Header, Pixels, decode, read_header
+from zoo.data.decode import BadImage, Header, Pixels, decode, pixel_sha256, read_header
 from zoo.data.manifest import Dataset, Progress, map_files
 from zoo.data.window import Windowing, windowing_of_facts
 from zoo.errors import ZooError, one_line
@@ -63,7 +63,7 @@ def look_at(data: bytes, windowing: Windowing) -> ImageFacts:
     if header.format == "DICOM":
         header = Header("DICOM", "DICOM", pixels.shape[1], pixels.shape[0], False, 1, True)
     return ImageFacts(
-        digest, _pixel_digest(pixels), len(data), header, perceptual_hash(small), float(small.mean()), small
+        digest, pixel_sha256(pixels), len(data), header, perceptual_hash(small), float(small.mean()), small
     )
 
 
@@ -80,12 +80,6 @@ def look_at_file(path: Path, windowing: Windowing) -> ImageFacts:
         return ImageFacts(reason="gone")
     except (OSError, ValueError) as error:
         return ImageFacts(reason=one_line(getattr(error, "strerror", None) or error))
-
-
-def _pixel_digest(pixels: Pixels) -> str:
-    from zoo.data.decode import pixel_sha256
-
-    return pixel_sha256(pixels)
 
 
 def small_grey(pixels: Pixels) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.duplicates import Ints, exact_pairs, near_pairs
+from zoo.data.duplicates import Ints, exact_pairs, near_pairs, standardised
 from zoo.data.facts import Facts, dataset_facts
 from zoo.data.manifest import Dataset, Progress
 from zoo.errors import ZooError, one_line
@@ -217,7 +217,7 @@ def scan_order(dataset: Dataset, facts: Facts) -> ScanOrder | None:
     folders = np.array([str(PurePosixPath(path).parent) for path in paths])
     order = np.lexsort((numbers, folders))[:_REFERENCES]
     good, folders, numbers = good[order], folders[order], numbers[order]
-    values = _standard_rows(facts.small[good])
+    values = standardised(facts.small[good])
     asked = np.unique(np.linspace(0, len(good) - 1, min(_QUERIES, len(good))).astype(int))
     likeness = values[asked] @ values.T
     likeness[np.arange(len(asked)), asked] = -2
@@ -229,13 +229,6 @@ def scan_order(dataset: Dataset, facts: Facts) -> ScanOrder | None:
     other = near & (splits[asked] != splits[nearest])
     across = np.stack([good[asked[other]], good[nearest[other]]], axis=1)
     return ScanOrder(float(near.mean()), chance, len(asked), across)
-
-
-def _standard_rows(small: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    values = small.reshape(len(small), -1).astype(np.float32)
-    values -= values.mean(axis=1, keepdims=True)
-    values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-6)
-    return values
 
 
 def describe_leaks(leaks: Leaks) -> list[str]:

@@ -15,7 +15,7 @@ from zoo.data.facts import ImageFacts, look_at, look_at_file
 from zoo.data.layouts import IMAGE_SUFFIXES
 from zoo.data.window import DEFAULT_CT, Windowing, parse_rescale, parse_window
 from zoo.errors import ZooError, one_line
-from zoo.files import sha256_bytes, write_error
+from zoo.files import sha256_bytes, write_error, write_new
 
 _SALT_BYTES = 16
 
@@ -85,12 +85,7 @@ class Look:
         sample = pseudonym(path, salt)
         copy = anonymous_copy(data, patient, sample)
         path = f"{patient or 'no-patient'}/{sample}.dcm"
-        target = self.images / path
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(copy)
-        except OSError as error:
-            raise write_error(target, error) from error
+        write_new(self.images / path, copy)
         with self._lock:
             self.copied.add(path)
         return path, patient, replace(facts, sha256=sha256_bytes(copy), bytes=len(copy))

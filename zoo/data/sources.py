@@ -101,13 +101,15 @@ def import_dataset(
     parse_rescale(rescale or "1,0")
     with _stage(root, name) as stage:
         if is_canonical(source):
+            asked = (copy, window, rescale, labels, negative_class, *vars(grouping).values())
+            _refuse_changes(str(source), asked, builtin_options)
             held = _import_canonical(str(source), stage, folder, from_, progress, overwrite)
-            if held is None:
-                return load_dataset(name, root)
-            found = held
         else:
             columns = (path_column, label_column, group_column)
-            found = find_source(source, folder, root, stage, columns, labels, from_, builtin_options)
+            held = find_source(source, folder, root, stage, columns, labels, from_, builtin_options)
+        if held is None:
+            return load_dataset(name, root)
+        found = held
         check_classes(found.labels)
         negative = _negative_class(_class_order(set(found.labels)), negative_class or found.negative_class)
         seen_through = window or default_window(found.root, found.paths)
@@ -119,18 +121,11 @@ def import_dataset(
             _copy({new: old for new, old in originals.items() if new not in look.copied}, kept.root, stage / "images")
         record = {
             "name": name,
-            "summary": f"{len(rows)} images of {len(set(kept.labels))} classes",
-            **found.described,
+            **_described(kept, look, window, bad_images),
             "root": "images" if (stage / "images").is_dir() else _root_text(found.root, source, folder),
-            "classes": _class_order(set(kept.labels)),
             "negative_class": negative,
-            "bad_images": bad_images,
-            "window": window or (look.window if look.found_dicom or look.found_deep else None),
             "rescale": rescale,
-            "renamed_classes": found.renamed_classes,
-            "import": {"kind": found.kind, **found.options},
             **split_facts,
-            "left_out": found.left_out,
             "skipped": skipped,
         }
         if look.found_dicom:
@@ -145,14 +140,30 @@ def _split(
     kept: Found, facts: Sequence[ImageFacts], ratios: Sequence[float], seed: int, near_duplicates: bool | None
 ) -> tuple[list[Row], dict[str, Any]]:
     """Return the manifest's rows and what is said of them; near-duplicates are kept together unless forbidden."""
-    near = None if near_duplicates is False else components(len(facts), _near(kept, facts))
+    pairs = None if near_duplicates is False else _near(kept, facts)
+    near = None if pairs is None else components(len(facts), pairs)
     digests = [(each.sha256, each.pixel_sha256) for each in facts]
     rows, said = split_rows(kept, digests, ratios, seed, near, near_required=near_duplicates is True)
-    if kept.kind == "canonical":
+    if kept.kind == "canonical" and pairs is not None:
         # What is known of a public data set is mended at once: no copy in test, none with two labels.
-        rows, said["dropped"] = repair_rows(rows, _near(kept, facts), drop_duplicates=True)
+        rows, said["dropped"] = repair_rows(rows, pairs, drop_duplicates=True)
         said["counts"] = count_rows(rows)
     return rows, said
+
+
+def _described(kept: Found, look: Look, window: str | None, bad_images: str) -> dict[str, Any]:
+    """Return what `dataset.toml` says of the source and of how its images are seen."""
+    classes = _class_order(set(kept.labels))
+    return {
+        "summary": f"{len(kept.paths)} images of {len(classes)} classes",
+        **kept.described,
+        "classes": classes,
+        "bad_images": bad_images,
+        "window": window or (look.window if look.found_dicom or look.found_deep else None),
+        "renamed_classes": kept.renamed_classes,
+        "import": {"kind": kept.kind, **kept.options},
+        "left_out": kept.left_out,
+    }
 
 
 def _near(kept: Found, facts: Sequence[ImageFacts]) -> Ints:
@@ -219,6 +230,15 @@ def _stage(root: Home, name: str) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def _refuse_changes(source: str, asked: Sequence[Any], options: dict[str, Any]) -> None:
+    """Raise ZooError for options that would make another data set of a public one."""
+    if options or any(each is not None for each in asked):
+        raise ZooError(
+            f"{source} is imported as it is published, without options of its own; import its folder under another "
+            "--name to group, label, window or copy it otherwise"
+        )
+
+
 def _import_canonical(
     source: str, stage: Path, folder: Path, from_: str | Path | None, progress: Progress | None, overwrite: bool
 ) -> Found | None:
@@ -272,7 +292,7 @@ def _examine_all(
     if look.hides_names:
         kept.paths = [path if path in look.copied else look.new_name(path) for path in kept.paths]
         kept.groups = [group and f"group-{pseudonym(group, look.salt)}" for group in kept.groups]
-        found.left_out = {_SUFFIX.sub("files that are no image", what): count for what, count in found.left_out.items()}
+        kept.left_out = {_SUFFIX.sub("files that are no image", what): count for what, count in kept.left_out.items()}
     if look.found_patients:
         named = sum(bool(patient) for _, patient, _ in left) / len(left)
         kept.grouped_by = {**kept.grouped_by, "group_patient": True, "group_patient_share": round(named, 3)}
