@@ -499,6 +499,21 @@ def test_mistakes_with_data_are_one_line(zoo, words, said):
     assert len(done.err.splitlines()) == 1
 
 
+def test_an_interruption_within_a_string_that_is_run_has_its_exit_code_too(tmp_path):
+    """CPython marks an interruption that passes through exec() as uncaught, even where it is caught further out."""
+    script = tmp_path / "stopped.py"
+    script.write_text(
+        "import os, signal, time, zoo.cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "stop = 'os.kill(os.getpid(), signal.SIGINT); time.sleep(60)'\n"
+        "zoo.cli.app = lambda **_: exec(stop)\n"
+        "zoo.cli.main()\n"
+    )
+    command = [sys.executable, "-m", "stopped"]  # a script would not show it: it leaves by another way
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_import_that_is_stopped_says_so_and_leaves_nothing(tmp_path, write_scenes, number, code):
     folder = write_scenes(tmp_path / "p", {"a": range(300), "b": range(400, 700)})

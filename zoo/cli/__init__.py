@@ -71,21 +71,17 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)
         if code == EXIT_SIGINT:  # typer turns an interruption into this number, whatever the signal was
-            _say("interrupted")
-            code = EXIT_SIGTERM if _terminated else EXIT_SIGINT
+            _exit_interrupted("interrupted", EXIT_SIGTERM if _terminated else EXIT_SIGINT)
         sys.exit(code if isinstance(code, int) else 0)
     except Interrupted as error:
-        _say(str(error))
-        sys.exit(error.exit_code)
+        _exit_interrupted(str(error), error.exit_code)
     except ZooError as error:
         _say(f"error: {error}")
         sys.exit(EXIT_MISTAKE)
     except KeyboardInterrupt as stop:
-        _say("interrupted")
-        sys.exit(getattr(stop, "exit_code", 130))
+        _exit_interrupted("interrupted", getattr(stop, "exit_code", EXIT_SIGINT))
     except typer.Abort:
-        _say("interrupted")
-        sys.exit(130)
+        _exit_interrupted("interrupted", EXIT_SIGINT)
     except (BrokenPipeError, SystemExit) as end:
         # The reader went away (`zoo list models | head`): nothing is wrong, and nothing more can be said.
         if isinstance(end, SystemExit) and not isinstance(end.__context__, BrokenPipeError):
@@ -101,6 +97,14 @@ def _say(text: str) -> None:
 
     with suppress(OSError):
         print(text, file=sys.stderr)
+
+
+def _exit_interrupted(text: str, code: int) -> NoReturn:
+    _say(text)
+    # Where the signal fell into exec() or eval() of a string, as imports do for dataclasses, CPython notes that nobody
+    # caught it, and dies of SIGINT after all; running another string clears the note.
+    exec("")
+    sys.exit(code)
 
 
 def _exit_for_usage(error: Exception) -> NoReturn:
