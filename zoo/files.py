@@ -47,6 +47,11 @@ class Home:
         return self.root / "models" / ".locks"
 
     @property
+    def ledger(self) -> Path:
+        """Return the file with one line for every scoring of a test split."""
+        return self.root / "models" / "ledger.jsonl"
+
+    @property
     def recipes(self) -> Path:
         """Return the folder of the user's recipes."""
         return self.root / "recipes"

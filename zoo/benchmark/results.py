@@ -1,4 +1,4 @@
-"""A benchmark's files: floors, table in three formats, and figures, all out of run folders."""
+"""A benchmark's files: floors, table in four formats, and figures, all out of run folders."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from zoo.evaluation.floors import SIDE, compute_floors, fact_columns
 from zoo.evaluation.predictions import Predictions, read_predictions
 from zoo.files import Home, digest_of, read_json, write_json, write_text
 from zoo.reporting import plots
-from zoo.reporting.tables import Comparison, title, to_csv, to_markdown
+from zoo.reporting.comparison import Comparison
+from zoo.reporting.tables import ENDINGS, FORMATS, title
 from zoo.runs import Preprocessing, Run
 
-FLOORS_VERSION = 2
+FLOORS_VERSION = 3
 _SMALL = Preprocessing(
     image_size=SIDE, crop_pct=1.0, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
 )
@@ -54,11 +55,11 @@ def dataset_floors(dataset: Dataset, bad_images: str | None = None) -> list[dict
 def write_results(
     folder: Path, comparison: Comparison, dataset: Dataset, root: Home, bad_images: str | None = None
 ) -> list[Path]:
-    """Write table.md, .csv and .json and the figures to a folder, and return the files."""
+    """Write table.md, .csv, .json and .tex and the figures to a folder, and return the files."""
     name = title(comparison)
-    write_text(folder / "table.md", to_markdown(comparison))
-    write_text(folder / "table.csv", to_csv(comparison))
-    write_json(folder / "table.json", comparison.document())
+    files = [folder / f"table{ending}" for ending in ENDINGS]
+    for file in files:
+        write_text(file, FORMATS[ENDINGS[file.suffix]](comparison))
     rows = [row for row in comparison.rows if row["seeds"]]
     runs = {row["recipe"]: [Run(root.runs / run) for run in row["runs"]] for row in rows}
     # A seed that was trained but could not be scored on test is a failure.
@@ -66,8 +67,7 @@ def write_results(
         recipe: [run for run in each if run.finished and run.metrics_file("test").is_file()]
         for recipe, each in runs.items()
     }
-    files = [folder / f"table.{ending}" for ending in ("md", "csv", "json")]
-    scores = plots.plot_test_scores(comparison.rows, "test_top1", comparison.floors, title=name)
+    scores = plots.plot_test_scores(comparison.rows, f"test_{comparison.metric}", comparison.floors, title=name)
     figures = {"test-scores": scores}
     if rows:
         histories = {recipe: [run.history() for run in each] for recipe, each in runs.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +13,11 @@ from zoo.benchmark.results import dataset_floors, write_results
 from zoo.data.leaks import refuse_leaks
 from zoo.data.manifest import Dataset, load_dataset, split_summary
 from zoo.errors import Interrupted, ZooError, nearest, one_line
+from zoo.evaluation.ledger import looks_at_test
+from zoo.evaluation.statistics import MARGIN
 from zoo.files import Home, check_name, check_writable, find_toml, home, list_toml, read_toml
 from zoo.recipe import load_recipe
-from zoo.reporting.tables import Comparison, make_comparison
+from zoo.reporting.comparison import Comparison, make_comparison, refuse_different
 from zoo.runs import Run, RunRecord, find_run
 from zoo.training.loop import OnTick, train_plan
 from zoo.training.plan import Plan, failed_record, make_plan, runs_of
@@ -127,6 +129,7 @@ def bench(
         leaks_accepted=accepted,
         floors=dataset_floors(dataset, bad_images),
         images={split: facts["images"] for split, facts in summary.items()},
+        looks=looks_at_test(root, dataset.split_digest),
     )
     write_results(folder, comparison, dataset, root, bad_images)
     failed = sum(1 for run in runs if isinstance(run, RunRecord) or not run.finished)
@@ -223,14 +226,19 @@ def _run_one(
 
 
 def compare(
-    runs: Iterable[Run | str] | None = None, *, data: str | None = None, root: Home | None = None
+    runs: Iterable[Run | str] | None = None,
+    *,
+    data: str | None = None,
+    root: Home | None = None,
+    metric: str = "top1",
+    margin: float = MARGIN,
 ) -> pd.DataFrame:
-    """Return the comparison of runs as a tidy pandas DataFrame, one row per recipe.
+    """Return the comparison of runs as a tidy pandas DataFrame, one row per recipe, with letters of the metric.
 
-    runs: the runs, or their names; left out, all on the present split of `data`. Raises ZooError where they are
-    of different datasets, splits or classes.
+    runs: the runs, or their names; left out, all on the present split of `data`. margin: of equivalence. Floors and
+    pairs stand in the frame's `attrs`. Raises ZooError where the runs are of different datasets, splits or classes.
     """
-    return comparison_of(runs, data=data, root=root).frame()
+    return comparison_of(runs, data=data, root=root, metric=metric, margin=margin).frame()
 
 
 def comparison_of(
@@ -238,9 +246,14 @@ def comparison_of(
     *,
     data: str | None = None,
     root: Home | None = None,
-    by: str = "test_top1",
+    by: str | None = None,
+    metric: str = "top1",
+    margin: float = MARGIN,
 ) -> Comparison:
-    """Return the comparison of runs, or of all runs on a dataset's present split, with its floors."""
+    """Return the comparison of runs, or of all runs on a dataset's present split, with its floors.
+
+    by, metric, margin: as `make_comparison` takes them.
+    """
     root = root or home()
     found = [find_run(run, root) if isinstance(run, str) else run for run in runs or []]
     if not found and data is None:
@@ -251,13 +264,15 @@ def comparison_of(
         found = runs_of(dataset, root)
         if not found:
             raise ZooError(f"there is no run on the present split of {data!r}; train one with `zoo train`")
-    comparison = make_comparison(found, by=by)
-    if dataset is None or dataset.split_digest != comparison.split_digest:
-        return comparison
+    digest = found[0].record.split_digest
+    known: dict[str, Any] = {"by": by, "metric": metric, "margin": margin, "looks": looks_at_test(root, digest)}
+    if dataset is None or dataset.split_digest != digest:
+        return make_comparison(found, **known)
     images = {split: facts["images"] for split, facts in split_summary(dataset)["splits"].items()}
     # Runs that left bad images out are compared with floors that do.
     policy = "skip" if any(run.record.bad_images == "skip" for run in found) else None
-    return replace(make_comparison(found, floors=dataset_floors(dataset, policy), by=by), images=images)
+    refuse_different([run.record for run in found])
+    return make_comparison(found, floors=dataset_floors(dataset, policy), images=images, **known)
 
 
 def _dataset_of(run: Run, root: Home) -> Dataset | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -59,18 +60,39 @@ def bench(
 def compare(
     runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Names of `zoo list runs`.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="All runs on this dataset's present split.")] = None,
-    by: Annotated[str, typer.Option(help="Column to sort by, e.g. test_macro_f1 or train_s.")] = "test_top1",
+    metric: Annotated[str, typer.Option(help="What letters, floors and pairs are about, e.g. auroc.")] = "top1",
+    by: Annotated[
+        str | None, typer.Option(help="Column to sort by, e.g. test_macro_f1 or train_s; else the metric.")
+    ] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Show every pair: difference, interval, p-values.")] = False,
+    margin: Annotated[float, typer.Option(help="Difference below which two count as equivalent.")] = 0.02,
+    format_: Annotated[
+        str | None, typer.Option("--format", metavar="FORMAT", help="Print markdown, csv, json or latex instead.")
+    ] = None,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option("--output", "-o", help="File to write: .md, .csv, .json or .tex; may be repeated."),
+    ] = None,
     json: JsonOption = False,
     home: HomeOption = None,
 ) -> None:
     """Compare finished runs on the same test split; those not scored on it yet are scored first."""
     from zoo.benchmark.suite import comparison_of, score_missing
-    from zoo.cli.screen import bars, print_comparison, print_json
+    from zoo.cli.screen import bars, console, print_comparison
+    from zoo.files import write_text
+    from zoo.reporting.tables import FORMATS, format_of
 
-    with bars(quiet=json) as shown:
+    wanted = "json" if json else format_
+    write = None if wanted is None else FORMATS[format_of(wanted)]
+    files = {path: FORMATS[format_of(path)] for path in output or []}
+    with bars(quiet=wanted is not None) as shown:
         score_missing(runs or [], data=data, progress=shown.images("scoring test"))
-    comparison = comparison_of(runs, data=data, by=by)
-    if json:
-        print_json(comparison.document())
-    else:
-        print_comparison(comparison)
+    comparison = comparison_of(runs, data=data, by=by, metric=metric, margin=margin)
+    for path, to_text in files.items():
+        write_text(path, to_text(comparison))
+    if write is not None:
+        print(write(comparison), end="")
+        return
+    print_comparison(comparison, pairs)
+    for path in files:
+        console().print(f"written: {path}", markup=False, soft_wrap=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from zoo.benchmark.suite import Step
-    from zoo.reporting.tables import Comparison
+    from zoo.reporting.comparison import Comparison
     from zoo.training.loop import Tick
 
 
@@ -124,49 +124,36 @@ def _shortened(heads: list[str], rows: list[list[str]], cut: set[str], width: in
 
 # The comparison, in as many columns as the terminal has room for ----------------------------------------------------
 
-# In the order in which they are given up where there is no room, the last first; and in that in which they stand.
+# In the order in which they are given up where there is no room, the last first; METRIC is the one that was asked for.
 _WANTED = (
     "recipe",
-    "test top1",
+    "test METRIC",
     "95% CI",
     "ties",
-    "val top1",
+    "val METRIC",
     "train s",
     "weights",
     "macro F1",
     "AUROC",
+    "ECE",
     "params",
     "seeds",
-)
-_STAND = (
-    "recipe",
-    "weights",
-    "params",
-    "seeds",
-    "val top1",
-    "test top1",
-    "95% CI",
-    "ties",
-    "macro F1",
-    "AUROC",
-    "train s",
+    "ECE at T",
+    "balanced acc.",
 )
 
 
-def print_comparison(comparison: Comparison) -> None:
-    """Print a comparison: floors first, then recipes, failures and notes below."""
-    from zoo.reporting.tables import LEGEND, cells, floor_cells, title
+def print_comparison(comparison: Comparison, pairs: bool = False) -> None:
+    """Print a comparison: floors first, then recipes, failures and notes below, and every pair where asked."""
+    from zoo.reporting.tables import cells, floor_cells, legend, title
 
-    out = console()
-    written = [floor_cells(floor) for floor in comparison.floors] + [cells(row) for row in comparison.rows]
-    kept: list[str] = []
-    room = out.width
-    for head in _WANTED:
-        room -= max(len(head), *(min(40, len(row.get(head, ""))) for row in written)) + 3
-        if room < 0 and len(kept) >= 3:
-            break
-        kept.append(head)
-    heads = [head for head in _STAND if head in kept]
+    out, metric = console(), comparison.metric
+    written = [floor_cells(floor, metric) for floor in comparison.floors]
+    written += [cells(row, metric) for row in comparison.rows]
+    name = next(head for head in written[-1] if head.startswith("test ")).removeprefix("test ")
+    wanted = [head.replace("METRIC", name) for head in _WANTED]
+    kept = _that_fit([head for head in wanted if head in written[-1]], written, out.width)
+    heads = [head for head in written[-1] if head in kept]
     rows = [[row.get(head, "") for head in heads] for row in written]
     print_table(
         heads, rows, title(comparison), numbers=set(heads) - {"recipe", "weights"}, folded=("recipe", "weights")
@@ -176,7 +163,37 @@ def print_comparison(comparison: Comparison) -> None:
             out.print(f"{row['status']}: {row['recipe']}: {row['reason']}", markup=False, soft_wrap=True)
     for note in comparison.notes:
         out.print(f"note: {note}", markup=False)
-    out.print(LEGEND, markup=False, style="dim")
+    out.print(legend(comparison), markup=False, style="dim")
+    if pairs:
+        _print_pairs(comparison)
+
+
+def _print_pairs(comparison: Comparison) -> None:
+    from zoo.reporting.tables import pair_cells, pairs_legend
+
+    out = console()
+    if not comparison.pairs:
+        out.print("no pairs: there is only one recipe", markup=False)
+        return
+    written = [pair_cells(pair) for pair in comparison.pairs]
+    wanted = ("one", "two", "one − two", "p (Holm)", "verdict", "95% CI", "p", *list(written[0])[-1:])
+    kept = _that_fit([head for head in wanted if any(row[head] != "–" for row in written)], written, out.width)
+    heads = [head for head in written[0] if head in kept]
+    rows = [[row[head] for head in heads] for row in written]
+    texts = ("one", "two", "verdict")
+    print_table(heads, rows, f"difference of test {comparison.metric}", numbers=set(heads) - set(texts), folded=texts)
+    out.print(pairs_legend(comparison), markup=False, style="dim")
+
+
+def _that_fit(heads: list[str], rows: list[dict[str, str]], width: int) -> list[str]:
+    """Return the first heads that have room; three stay in any case."""
+    kept: list[str] = []
+    for head in heads:
+        width -= max(len(head), *(min(40, len(row.get(head, ""))) for row in rows)) + 3
+        if width < 0 and len(kept) >= 3:
+            break
+        kept.append(head)
+    return kept
 
 
 # Progress -----------------------------------------------------------------------------------------------

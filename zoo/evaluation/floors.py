@@ -12,10 +12,11 @@ from threadpoolctl import threadpool_limits
 from zoo.errors import ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions
-from zoo.evaluation.statistics import top1_interval
+from zoo.evaluation.statistics import metric_intervals
 
 SIDE = 32  # pixels
 FACTS_ALONE = "file facts alone"
+FLOOR_METRICS = ("top1", "balanced_accuracy", "macro_f1")  # a floor has labels, no scores
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _COMPONENTS = 64
 
@@ -35,7 +36,7 @@ def compute_floors(
     images: uint8, (N, 32, 32, 3), (N, 32, 32) or flattened (N, D); colour is turned to grey. y: (N,) int in
     [0, C). test_groups: (N,) str, what `test_top1_ci` resamples. facts: (N, D) of `fact_columns`, what is known of the
     files without looking at the picture; left out, there is no such floor. Each row has `name`, `test_top1`,
-    `test_balanced_accuracy`, `test_macro_f1`, `test_top1_ci` [low, high]; the same input gives the same rows.
+    `test_balanced_accuracy`, `test_macro_f1`, and of each `_ci` [low, high]; the same input gives the same rows.
     Raises ZooError where there is no training or test image.
     """
     if not len(train_images) or not len(test_images):
@@ -119,5 +120,9 @@ def logistic_regression(shape: tuple[int, ...], c: float = 0.01) -> Any:
 def _row(y_pred: np.ndarray, y_true: np.ndarray, groups: np.ndarray, classes: list[str]) -> dict[str, Any]:
     predictions = Predictions(np.arange(len(y_true)).astype(str), groups, y_true, np.eye(len(classes))[y_pred])
     metrics = compute_metrics(predictions, classes)
-    row: dict[str, Any] = {f"test_{key}": metrics[key] for key in ("top1", "balanced_accuracy", "macro_f1")}
-    return row | {"test_top1_ci": list(top1_interval([predictions]))}
+    found = metric_intervals({"": [predictions]}, FLOOR_METRICS)
+    row: dict[str, Any] = {}
+    for name in FLOOR_METRICS:
+        interval = found[name][""]
+        row |= {f"test_{name}": metrics[name], f"test_{name}_ci": [interval.low, interval.high] if interval else None}
+    return row

@@ -57,7 +57,7 @@ def compute_metrics(predictions: Predictions, classes: list[str], negative_class
         **_macro(y_true, y_pred),
         "auroc": _auroc(y_true, y_score, positive),
         "auprc": _auprc(y_true, y_score, positive),
-        "log_loss": _log_loss(y_true, y_score),
+        "log_loss": log_loss_of(y_true, y_score),
         "brier": _brier(y_true, y_score, positive),
         "ece": ece_of(y_true, y_score),
         **_sensitivity_specificity(y_true, y_pred, _negative_index(classes, negative_class)),
@@ -78,7 +78,7 @@ def selection_score(name: str, logits: np.ndarray, y_true: np.ndarray) -> float:
     if name in ("auroc", "log_loss"):
         y_score = predictions.y_score
         positive = 1 if y_score.shape[1] == 2 else None
-        value = _auroc(y_true, y_score, positive) if name == "auroc" else _log_loss(y_true, y_score)
+        value = _auroc(y_true, y_score, positive) if name == "auroc" else log_loss_of(y_true, y_score)
         return math.nan if value is None else value
     if name == "macro_f1":
         return _macro(y_true, predictions.y_pred)["macro_f1"]
@@ -215,7 +215,8 @@ def _auprc(y_true: np.ndarray, y_score: np.ndarray, positive: int | None) -> flo
     return _one_vs_rest(y_true, y_score, positive, average_precision_score)
 
 
-def _log_loss(y_true: np.ndarray, y_score: np.ndarray) -> float:
+def log_loss_of(y_true: np.ndarray, y_score: np.ndarray) -> float:
+    """Return the mean negative log of the true class's score, in nats; y_score: (N, C) in [0, 1]."""
     from sklearn.metrics import log_loss
 
     return float(log_loss(y_true, y_score, labels=range(y_score.shape[1])))

@@ -1,25 +1,86 @@
-"""Intervals and paired tests of top1 over groups and seeds: what may be claimed from one test split.
+"""Intervals and paired tests over groups and seeds: what may be claimed from one test split.
 
-The unit that is resampled is the group (a patient), never its single samples, together with the seeds: the pigeonhole
-bootstrap (Owen 2007, doi 10.1214/07-AOAS122). One unit fewer is drawn than there are, which makes its variance
-unbiased (Rao and Wu 1988, doi 10.1080/01621459.1988.10478591).
+Groups are resampled together with the seeds: the pigeonhole bootstrap (Owen 2007, doi 10.1214/07-AOAS122), by
+`zoo.evaluation.resampling`. All of it needs predictions alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import chain, combinations
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
 from statistics import NormalDist
-from string import ascii_letters
+from typing import Any
 
 import numpy as np
 
-from zoo.errors import ZooError, one_line
+from zoo.errors import ZooError
+from zoo.evaluation.exact_tests import delong_p_value, equivalence_p_value, holm, mcnemar_midp
+from zoo.evaluation.letters import compact_letters
+from zoo.evaluation.metrics import METRIC_SIGN
 from zoo.evaluation.predictions import Predictions
+from zoo.evaluation.resampling import METRICS, Aligned, Array
 
-_CHUNK = 2_000_000  # drawn numbers held at once: 16 MB
+REPLICATES = 2000
+MARGIN = 0.02  # of equivalence: two points
+_AFFORDABLE = 5e10  # sums
 _NO_VARIANCE = 1e-18  # nothing but rounding
+_PROPORTIONS = ("top1", "sensitivity", "specificity")
+_UNBOUNDED = {"log_loss": math.inf, "brier": 2.0}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A recipe's metric, the mean over its seeds, and what is not known of it.
+
+    value, low, high: in the metric's own unit. seed_sd: spread of single seeds (None for one seed). test_se: standard
+    error that the test samples alone would give; seed_se: that the seeds alone would give, seed_sd / sqrt(seeds).
+    n: samples; n_groups: groups; seeds: how many.
+    """
+
+    value: float
+    low: float
+    high: float
+    seed_sd: float | None
+    test_se: float
+    seed_se: float
+    n: int
+    n_groups: int
+    seeds: int
+
+    def document(self) -> dict[str, Any]:
+        """Return the interval as JSON has it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two recipes on the same samples: one minus two, its interval, and the tests.
+
+    p: paired bootstrap of equal `metric`; p_holm: adjusted over all pairs. equivalence_p: of a difference of `margin`
+    or more, adjusted likewise. mcnemar_p (top1; exact, mid-p; none with groups, of which it knows nothing) and
+    delong_p (auroc): one for each seed, where both recipes have as many; neither is adjusted.
+    """
+
+    one: str
+    two: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    different: bool
+    margin: float
+    equivalence_p: float
+    equivalent: bool
+    mcnemar_p: list[float]
+    delong_p: list[float]
+
+    def document(self) -> dict[str, Any]:
+        """Return the pair as JSON has it."""
+        return asdict(self)
 
 
 def wilson_interval(correct: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
@@ -38,24 +99,108 @@ def wilson_interval(correct: float, n: float, confidence: float = 0.95) -> tuple
 
 
 def top1_interval(
-    runs: Sequence[Predictions], *, confidence: float = 0.95, replicates: int = 2000, seed: int = 0
+    runs: Sequence[Predictions], *, confidence: float = 0.95, replicates: int = REPLICATES, seed: int = 0
 ) -> tuple[float, float]:
     """Return the interval of a recipe's top1, the mean over its runs (one run for each seed), in [0, 1].
 
-    Wilson's interval for as many independent samples as would have the bootstrap's variance (effective sample size:
-    Franco et al. 2019, doi 10.1093/jssam/smy019), with Student's t for few groups or seeds. One run without
-    groups: Wilson's as it is. Where no replicate differs (all right, or one group): as many samples as groups.
-    In simulations with 40 groups or more it covers 0.91 to 0.99 where 0.95 is asked; with 11 strongly correlated
-    groups, 0.85 to 0.97. Raises ZooError where there is no run or sample, or the runs are of different samples.
+    As `metric_intervals` has it. In simulations with 40 groups or more it covers 0.91 to 0.99 where 0.95 is asked;
+    with 11 strongly correlated groups, 0.85 to 0.97. Raises ZooError as that does.
     """
-    table = _Correct({"": runs})
-    p = table.mean("")
-    if len(runs) == 1 and table.n_units == table.n_samples:
-        return wilson_interval(float(table.sums[""].sum()), table.n_samples, confidence)
-    variance = float(table.replicates(replicates, seed).var())
+    found = metric_intervals({"": runs}, ["top1"], confidence=confidence, replicates=replicates, seed=seed)
+    interval = found["top1"][""]
+    assert interval is not None
+    return interval.low, interval.high
+
+
+def affordable_metrics(n: int, n_classes: int, n_runs: int, replicates: int = REPLICATES) -> list[str]:
+    """Return the metrics whose intervals take minutes at most: ranks over very many classes and samples do not."""
+    members = n_classes if n_classes > 2 else 1
+    cheap = n * members * n_runs * replicates <= _AFFORDABLE
+    return [metric for metric in METRICS if cheap or metric not in ("auroc", "auprc")]
+
+
+def metric_intervals(
+    runs_by_recipe: Mapping[str, Sequence[Predictions]],
+    metrics: Sequence[str],
+    *,
+    negative: int | None = None,
+    confidence: float = 0.95,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> dict[str, dict[str, Interval | None]]:
+    """Return metric to recipe to its interval; None where the metric is not defined on the samples.
+
+    Proportions (top1, sensitivity, specificity): Wilson's interval for as many independent samples as would have the
+    bootstrap's variance (effective sample size: Franco et al. 2019, doi 10.1093/jssam/smy019); one run without
+    groups: Wilson's as it is. ECE, which is biased upwards: the basic bootstrap, cut at 0. Others: BCa (Efron 1987, doi
+    10.1080/01621459.1987.10478410). All with Student's t for few groups or seeds (for BCa as in Hesterberg 2015, doi
+    10.1080/00031305.2015.1089789). Where no replicate differs (all right, or one group): as many samples as
+    groups. negative: index of the class that is no disease. Raises ZooError where there is no run or sample, the runs
+    are of different samples, or a metric is unknown.
+    """
+    table = Aligned(runs_by_recipe, negative)
+    values = {metric: table.values(metric) for metric in metrics}
+    defined = [m for m in metrics if any(np.isfinite(each).all() for each in values[m].values())]
+    drawn = table.replicates(defined, replicates, seed)
+    jackknife = table.jackknife([m for m in defined if m not in _PROPORTIONS and m != "ece"])
+    found: dict[str, dict[str, Interval | None]] = {metric: {} for metric in metrics}
+    for metric in metrics:
+        for name, points in values[metric].items():
+            if metric not in drawn or not np.isfinite(points).all():
+                found[metric][name] = None
+                continue
+            blocks = jackknife[metric][name].mean(axis=1) if metric in jackknife else None
+            found[metric][name] = _interval(table, metric, points, drawn[metric][name], blocks, confidence, seed)
+    return found
+
+
+def _interval(
+    table: Aligned, metric: str, points: Array, drawn: Array, blocks: Array | None, confidence: float, seed: int
+) -> Interval:
+    """Return the interval of one recipe; drawn: (R, S) replicates, blocks: (B,) leave-one-out values."""
+    drawn = drawn[np.isfinite(drawn).all(axis=1)]
+    value, seeds = float(points.mean()), len(points)
+    means = _over_seeds(drawn, seed)
+    seed_variance = float(points.var(ddof=1)) / seeds if seeds > 1 else 0.0
+    variance = float(means.var()) if len(means) else 0.0
+    units = table.samples.n_units
+    degrees = _degrees(variance, units, [(seed_variance, seeds)])
+    if metric in _PROPORTIONS:
+        low, high = _proportion(table, metric, value, variance, degrees, seeds, confidence)
+    elif variance < _NO_VARIANCE:
+        low, high = wilson_interval(value * units, units, confidence) if 0 <= value <= 1 else (value, value)
+    else:
+        t = _t_quantile(0.5 + confidence / 2, degrees)
+        top = _UNBOUNDED.get(metric, 1.0)
+        low, high = _basic(value, means, t) if blocks is None else _bca(value, means, blocks, t)
+        low, high = min(max(0.0, low), value), max(value, min(top, high))
+    return Interval(
+        value,
+        low,
+        high,
+        float(points.std(ddof=1)) if seeds > 1 else None,
+        float(drawn.mean(axis=1).std()) if len(drawn) else 0.0,
+        math.sqrt(seed_variance),
+        table.samples.n,
+        units,
+        seeds,
+    )
+
+
+def _proportion(
+    table: Aligned, metric: str, p: float, variance: float, degrees: float, seeds: int, confidence: float
+) -> tuple[float, float]:
+    """Return Wilson's interval of a share of all samples, or of those with or without disease."""
+    samples = table.samples
+    counted = np.ones(samples.n, dtype=bool)
+    if metric != "top1":
+        counted = (samples.y_true != samples.negative) == (metric == "sensitivity")
+    n = int(counted.sum())
+    if seeds == 1 and not samples.grouped:
+        return wilson_interval(round(p * n), n, confidence)
     if variance < _NO_VARIANCE:
-        return wilson_interval(p * table.n_units, table.n_units, confidence)
-    degrees = _degrees(variance, table.n_units, [table.seed_variance("")])
+        units = len(np.unique(samples.units[counted]))
+        return wilson_interval(min(p, 1.0) * units, units, confidence)
     return _score_interval(p, p * (1 - p) / variance, _t_quantile(0.5 + confidence / 2, degrees))
 
 
@@ -67,184 +212,179 @@ def _score_interval(p: float, n: float, z: float) -> tuple[float, float]:
     return (0.0 if p == 0 else max(0.0, low), 1.0 if p == 1 else min(1.0, high))
 
 
-def paired_letters(
-    runs_by_recipe: Mapping[str, Sequence[Predictions]],
-    alpha: float = 0.05,
-    replicates: int = 2000,
-    seed: int = 0,
-) -> dict[str, str]:
-    """Return a compact letter display of top1: two recipes share a letter just where no difference was shown.
+def _over_seeds(drawn: Array, seed: int) -> Array:
+    """Return replicates of the mean over seeds, one seed fewer drawn than there are: (R, S) to (R,)."""
+    count, seeds = drawn.shape
+    if seeds == 1:
+        return drawn[:, 0]
+    rng = np.random.default_rng([seed, seeds])
+    picked = rng.integers(seeds, size=(count, seeds - 1))
+    return np.asarray(np.take_along_axis(drawn, picked, axis=1).mean(axis=1))
 
-    "a" goes with the best mean. Differences: `paired_p_values` below alpha. Raises ZooError as that does.
+
+def _basic(value: float, means: Array, t: float) -> tuple[float, float]:
+    tail = NormalDist().cdf(-t)
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return 2 * value - float(high), 2 * value - float(low)
+
+
+def _bca(value: float, means: Array, blocks: Array, t: float) -> tuple[float, float]:
+    normal = NormalDist()
+    below = (float((means < value).sum()) + float((means == value).sum()) / 2) / len(means)
+    bias = normal.inv_cdf(min(max(below, 1 / len(means)), 1 - 1 / len(means)))
+    parts = blocks.mean() - blocks
+    cubes, squares = float((parts**3).sum()), float((parts**2).sum())
+    skew = cubes / (6 * squares**1.5) if squares > _NO_VARIANCE else 0.0
+    ends = []
+    for z in (-t, t):
+        shifted = bias + (bias + z) / max(1e-3, 1 - skew * (bias + z))
+        ends.append(float(np.quantile(means, normal.cdf(shifted))))
+    return min(ends), max(ends)
+
+
+# Pairs ------------------------------------------------------------------------------------------------------------
+
+
+def paired_comparisons(
+    runs_by_recipe: Mapping[str, Sequence[Predictions]],
+    metric: str = "top1",
+    *,
+    negative: int | None = None,
+    alpha: float = 0.05,
+    margin: float = MARGIN,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> list[Pair]:
+    """Return every pair of recipes, in the order given: difference of a metric, interval, tests.
+
+    Groups are resampled for all recipes at once, hence paired; seeds for each recipe. A pair's p is the larger of
+    two: how often a replicate's difference, centred at 0, is as large as the one seen (few discordant samples),
+    and Student's t with the bootstrap's standard error (few groups or seeds). `replicates` grows with the pairs,
+    so that Holm's smallest step stays within reach. Equivalence: two one-sided t-tests against the margin, Holm's too.
+    A pair in which the metric is undefined has p-values of 1. Raises ZooError where recipes are of different samples.
     """
-    if not runs_by_recipe:
-        return {}
-    p_values = paired_p_values(runs_by_recipe, alpha=alpha, replicates=replicates, seed=seed)
-    table = _Correct(runs_by_recipe)
-    order = sorted(runs_by_recipe, key=lambda name: (-table.mean(name), name))
-    return compact_letters(order, [pair for pair, p in p_values.items() if p < alpha])
+    pairs = list(combinations(runs_by_recipe, 2))
+    if not pairs:
+        return []
+    table = Aligned(runs_by_recipe, negative)
+    count = max(replicates, math.ceil(10 * len(pairs) / alpha))
+    values = table.values(metric)
+    drawn = table.replicates([metric], count, seed)[metric]
+    means = {name: _over_seeds(each, seed + place) for place, (name, each) in enumerate(drawn.items())}
+    found = [_difference(table, values[one], values[two], means[one] - means[two], margin) for one, two in pairs]
+    p_holm, equal_holm = holm([each.p for each in found]), holm([each.equivalence_p for each in found])
+    exact = [_exact(table, metric, one, two) for one, two in pairs]
+    return [
+        Pair(
+            one,
+            two,
+            metric,
+            each.difference,
+            each.low,
+            each.high,
+            each.p,
+            p,
+            p < alpha,
+            margin,
+            equal,
+            equal < alpha,
+            *e,
+        )
+        for (one, two), each, p, equal, e in zip(pairs, found, p_holm, equal_holm, exact, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Difference:
+    difference: float
+    low: float
+    high: float
+    p: float
+    equivalence_p: float
+
+
+def _difference(table: Aligned, one: Array, two: Array, drawn: Array, margin: float) -> _Difference:
+    seen = float(one.mean() - two.mean())
+    if not math.isfinite(seen):
+        return _Difference(math.nan, math.nan, math.nan, 1.0, 1.0)
+    spread = drawn[np.isfinite(drawn)] - seen
+    units = table.samples.n_units
+    variance = float(spread.var()) if len(spread) else 0.0
+    if units == 1:  # one group says nothing of another
+        return _Difference(seen, -1.0, 1.0, 1.0, 1.0)
+    # The little that is taken off lets replicates that are equal but for rounding count as such.
+    as_large = (1 + int((np.abs(spread) >= abs(seen) - 1e-12).sum())) / (1 + len(spread))
+    if variance < _NO_VARIANCE:
+        same = abs(seen) < 1e-12
+        return _Difference(seen, seen, seen, 1.0 if same else as_large, equivalence_p_value(seen, 0.0, margin, 1.0))
+    degrees = _degrees(variance, units, [_seed_part(one), _seed_part(two)])
+    error, t = math.sqrt(variance), _t_quantile(0.975, degrees)
+    low, high = _basic(0.0, spread, 1.959964)
+    p_value = max(as_large, 2 * _t_tail(-abs(seen) / error, degrees))
+    equal = equivalence_p_value(seen, error, margin, degrees)
+    return _Difference(seen, seen + min(low, -t * error), seen + max(high, t * error), p_value, equal)
+
+
+def _seed_part(points: Array) -> tuple[float, int]:
+    return (float(points.var(ddof=1)) / len(points) if len(points) > 1 else 0.0, len(points))
+
+
+def _exact(table: Aligned, metric: str, one: str, two: str) -> tuple[list[float], list[float]]:
+    """Return McNemar's and DeLong's p-values of the runs of two recipes, seed by seed, where they can be had."""
+    samples = table.samples
+    both = [(a.predictions, b.predictions) for a, b in zip(table.runs[one], table.runs[two], strict=False)]
+    if len(table.runs[one]) != len(table.runs[two]):
+        return [], []
+    if metric == "top1" and not samples.grouped:
+        right = [(a.y_pred == samples.y_true, b.y_pred == samples.y_true) for a, b in both]
+        return [mcnemar_midp(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in right], []
+    if metric != "auroc":
+        return [], []
+    members = list(range(samples.n_classes)) if samples.positive is None else [samples.positive]
+    truth = samples.y_true[:, None] == np.array(members)
+    units = samples.units if samples.grouped else None
+    try:
+        return [], [delong_p_value(truth, a.y_score[:, members], b.y_score[:, members], units) for a, b in both]
+    except ZooError:
+        return [], []
 
 
 def paired_p_values(
     runs_by_recipe: Mapping[str, Sequence[Predictions]],
     alpha: float = 0.05,
-    replicates: int = 2000,
+    replicates: int = REPLICATES,
     seed: int = 0,
+    metric: str = "top1",
 ) -> dict[tuple[str, str], float]:
-    """Return the Holm-adjusted two-sided p-value of equal top1 for every pair of recipes.
+    """Return the Holm-adjusted two-sided p-value of an equal metric for every pair, as `paired_comparisons` has it."""
+    found = paired_comparisons(runs_by_recipe, metric, alpha=alpha, replicates=replicates, seed=seed)
+    return {(pair.one, pair.two): pair.p_holm for pair in found}
 
-    Groups are resampled for all recipes at once, hence paired; seeds for each recipe. A pair's p is the larger of
-    two: how often a replicate's difference, centred at 0, is as large as the one seen (few discordant samples),
-    and Student's t with the bootstrap's standard error (few groups or seeds). `replicates` grows with the pairs,
-    so that Holm's smallest step stays within reach. Raises ZooError where recipes are of different samples.
+
+def paired_letters(
+    runs_by_recipe: Mapping[str, Sequence[Predictions]],
+    alpha: float = 0.05,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    metric: str = "top1",
+) -> dict[str, str]:
+    """Return a compact letter display: two recipes share a letter just where no difference of the metric was shown.
+
+    "a" goes with the best mean. Raises ZooError as `paired_comparisons` does.
     """
-    pairs = list(combinations(runs_by_recipe, 2))
-    if not pairs:
+    if not runs_by_recipe:
         return {}
-    table = _Correct(runs_by_recipe)
-    means = table.replicates(max(replicates, math.ceil(10 * len(pairs) / alpha)), seed)
-    column = {name: index for index, name in enumerate(runs_by_recipe)}
-    raw = []
-    for one, two in pairs:
-        seen = table.mean(one) - table.mean(two)
-        spread = means[:, column[one]] - means[:, column[two]] - seen
-        seed_variances = [table.seed_variance(one), table.seed_variance(two)]
-        raw.append(_p_value(seen, spread, table.n_units, seed_variances))
-    return dict(zip(pairs, holm(raw), strict=True))
+    values = Aligned(runs_by_recipe).values(metric)
+    pairs = paired_comparisons(runs_by_recipe, metric, alpha=alpha, replicates=replicates, seed=seed)
+    return letters_of({name: float(each.mean()) for name, each in values.items()}, pairs)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted so that any false claim among all has at most the stated chance (Holm 1979).
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    adjusted = [0.0] * len(p_values)
-    worst = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        worst = max(worst, min(1.0, p_values[index] * (len(p_values) - rank)))
-        adjusted[index] = worst
-    return adjusted
-
-
-def compact_letters(order: Sequence[str], different: Collection[tuple[str, str]]) -> dict[str, str]:
-    """Return letters such that two names share one just where they are not a pair of `different`.
-
-    order: names, best first; "a" goes with the first. Insert and absorb, then sweep (Piepho 2004,
-    doi 10.1198/1061860043515).
-
-    >>> compact_letters(["x", "y", "z"], [("x", "z")])
-    {'x': 'a', 'y': 'ab', 'z': 'b'}
-    """
-    rank = {name: index for index, name in enumerate(order)}
-    columns = [frozenset(rank.values())] if rank else []
-    for one, two in sorted(tuple(sorted((rank[one], rank[two]))) for one, two in different):
-        columns = _split(columns, one, two)
-    columns = sorted(_sweep(columns), key=sorted)
-    letters = list(zip(columns, _letters(), strict=False))
-    return {name: "".join(letter for column, letter in letters if rank[name] in column) for name in order}
-
-
-def _split(columns: list[frozenset[int]], one: int, two: int) -> list[frozenset[int]]:
-    """Insert: a column with both becomes two with one each. Absorb: a column within another goes."""
-    kept = [column for column in columns if not {one, two} <= column]
-    halves = {column - {gone} for column in columns if {one, two} <= column for gone in (one, two)}
-    for half in sorted(halves, key=lambda column: (-len(column), sorted(column))):
-        if not any(half <= column for column in kept):
-            kept.append(half)
-    return kept
-
-
-def _sweep(columns: list[frozenset[int]]) -> list[frozenset[int]]:
-    """Leave out columns whose pairs all lie together in other columns."""
-    kept = sorted(columns, key=sorted)
-    for column in reversed(kept.copy()):
-        others = [other for other in kept if other != column]
-        pairs = combinations(sorted(column), 2) if len(column) > 1 else [tuple(column) * 2]
-        if all(any({one, two} <= other for other in others) for one, two in pairs):
-            kept = others
-    return kept
-
-
-def _letters() -> Iterator[str]:
-    further = (chr(code) for code in range(0xC0, 0x2FFFF) if chr(code).isalpha())
-    return chain(ascii_letters, further)
-
-
-class _Correct:
-    """How many samples of each group every run has right, for recipes that were scored on the same samples."""
-
-    def __init__(self, runs_by_recipe: Mapping[str, Sequence[Predictions]]) -> None:
-        for name, runs in runs_by_recipe.items():
-            if not runs or not len(runs[0].y_true):
-                raise ZooError(f"recipe {one_line(name)!r} has no scored samples to compare; score its runs")
-        first = next(iter(runs_by_recipe.values()))[0]
-        order = _unique_order(first)
-        units = _units(first)[order]
-        self.n_samples, self.n_units = len(units), int(units.max()) + 1
-        self.sizes = np.bincount(units).astype(np.float64)
-        self.sums: dict[str, np.ndarray] = {}
-        for name, runs in runs_by_recipe.items():
-            rows = [_correct(run, first, order, name) for run in runs]
-            self.sums[name] = np.stack([np.bincount(units, weights=row) for row in rows])
-
-    def mean(self, name: str) -> float:
-        """Return a recipe's top1, the mean over its runs."""
-        return float(self.sums[name].sum() / (self.n_samples * len(self.sums[name])))
-
-    def seed_variance(self, name: str) -> tuple[float, int]:
-        """Return how much of the variance of a recipe's mean is due to its seeds, and how many they are."""
-        scores = self.sums[name].sum(axis=1) / self.n_samples
-        return (float(scores.var(ddof=1)) / len(scores) if len(scores) > 1 else 0.0, len(scores))
-
-    def replicates(self, count: int, seed: int) -> np.ndarray:
-        """Return `count` bootstrap replicates of every recipe's mean top1: (count, recipes)."""
-        rng = np.random.default_rng(seed)
-        seeds = {name: _draws(rng, count, len(sums)) / max(1, len(sums) - 1) for name, sums in self.sums.items()}
-        found = np.empty((count, len(self.sums)))
-        step = max(1, _CHUNK // self.n_units)
-        for start in range(0, count, step):
-            part = slice(start, min(count, start + step))
-            weights = _draws(rng, part.stop - start, self.n_units)
-            drawn = weights @ self.sizes
-            for column, (name, sums) in enumerate(self.sums.items()):
-                found[part, column] = ((weights @ sums.T) * seeds[name][part]).sum(axis=1) / drawn
-        return found
-
-
-def _unique_order(predictions: Predictions) -> np.ndarray:
-    ids, order = np.unique(predictions.sample_ids, return_index=True)
-    if len(ids) != len(predictions.sample_ids):
-        raise ZooError(
-            f"samples must have different ids to be compared. Got {len(ids)} ids for {len(predictions.sample_ids)} "
-            "samples; import the dataset again"
-        )
-    return order
-
-
-def _units(predictions: Predictions) -> np.ndarray:
-    codes = predictions.group_codes
-    return codes if int(codes.max()) + 1 < len(codes) else np.arange(len(codes))
-
-
-def _correct(run: Predictions, first: Predictions, order: np.ndarray, name: str) -> np.ndarray:
-    """Return 1.0 where the run is right, in the order of the first run's sorted sample ids."""
-    own = _unique_order(run)
-    for what, key in (("samples", "sample_ids"), ("true labels", "y_true"), ("groups", "groups")):
-        if not np.array_equal(getattr(run, key)[own], getattr(first, key)[order]):
-            raise ZooError(
-                f"runs of different {what} cannot be compared: recipe {one_line(name)!r} was scored on other {what} "
-                "than the first; score every recipe on the same split"
-            )
-    return np.asarray((run.y_pred == run.y_true)[own], dtype=np.float64)
-
-
-def _draws(rng: np.random.Generator, count: int, units: int) -> np.ndarray:
-    """Return how often each unit is drawn when one fewer than all are, with replacement: (count, units)."""
-    if units == 1:
-        return np.ones((count, 1))
-    chosen = rng.integers(units, size=(count, units - 1)) + units * np.arange(count)[:, None]
-    return np.bincount(chosen.ravel(), minlength=count * units).reshape(count, units).astype(np.float64)
+def letters_of(means: Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, str]:
+    """Return the letters of recipes by their mean of the pairs' metric, the best first."""
+    sign = METRIC_SIGN[pairs[0].metric] if pairs else 1
+    worst = math.inf
+    order = sorted(means, key=lambda name: (-sign * means[name] if math.isfinite(means[name]) else worst, name))
+    return compact_letters(order, [(pair.one, pair.two) for pair in pairs if pair.different])
 
 
 def _degrees(variance: float, n_units: int, seed_variances: list[tuple[float, int]]) -> float:
@@ -261,15 +401,7 @@ def _t_quantile(probability: float, degrees: float) -> float:
     return float(stdtrit(degrees, probability))
 
 
-def _p_value(seen: float, spread: np.ndarray, n_units: int, seed_variances: list[tuple[float, int]]) -> float:
+def _t_tail(t: float, degrees: float) -> float:
     from scipy.special import stdtr
 
-    variance = float(spread.var())
-    if n_units == 1 or abs(seen) < 1e-12:
-        return 1.0
-    # The little that is taken off lets replicates that are equal but for rounding count as such.
-    as_large = (1 + int((np.abs(spread) >= abs(seen) - 1e-12).sum())) / (1 + len(spread))
-    if variance < _NO_VARIANCE:
-        return as_large
-    degrees = _degrees(variance, n_units, seed_variances)
-    return max(as_large, float(2 * stdtr(degrees, -abs(seen) / math.sqrt(variance))))
+    return float(stdtr(degrees, t))

@@ -12,6 +12,7 @@ from torch import nn
 from zoo.data.cache import ImageProgress, Pixels, open_pixels
 from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError, one_line
+from zoo.evaluation.ledger import record_look
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
 from zoo.files import Home, home, write_json
@@ -114,8 +115,11 @@ def evaluate(
     device = _device_of(record)
     # The number format is the run's own, so that what is scored is what was selected.
     plan = PrecisionPlan(record.precision.get("dtype", "float32"), channels_last=True)
+    model = load_model(run, root, device.type)
     pixels = open_pixels(dataset, split, record.preprocessing, bad_images or record.bad_images, progress)
-    score_split(run, record, load_model(run, root, device.type), pixels, split, plan, device)
+    if split == "test":
+        record_look(root or home(), record)
+    score_split(run, record, model, pixels, split, plan, device)
     return run.metrics(split)
 
 
