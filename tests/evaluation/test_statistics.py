@@ -1,5 +1,3 @@
-from itertools import combinations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,8 +8,6 @@ from scipy.stats import binomtest
 from zoo.errors import ZooError
 from zoo.evaluation.predictions import Predictions
 from zoo.evaluation.statistics import (
-    compact_letters,
-    holm,
     paired_letters,
     paired_p_values,
     top1_interval,
@@ -178,22 +174,6 @@ def test_in_groups_wilson_claims_too_much_and_the_bootstrap_does_not():
 # Paired tests ---------------------------------------------------------------------------------------------------------
 
 
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, 0.6]) == [1.0, 1.0]
-    assert holm([]) == []
-
-
-@given(st.lists(st.floats(0, 1), max_size=8))
-@settings(deadline=None)
-def test_holm_keeps_the_order_and_never_helps(p_values):
-    adjusted = holm(p_values)
-    assert all(one <= two <= 1 for one, two in zip(p_values, adjusted, strict=True))
-    for one, two in combinations(range(len(p_values)), 2):
-        if p_values[one] < p_values[two]:
-            assert adjusted[one] <= adjusted[two]
-
-
 @pytest.mark.parametrize(("only_one", "only_two"), [(5, 0), (8, 0), (12, 2), (15, 6), (30, 14), (20, 20)])
 def test_of_one_run_each_the_p_value_is_near_that_of_exact_mcnemar(only_one, only_two):
     # 300 samples, of which a few are right in one of the two runs only.
@@ -266,59 +246,6 @@ def test_two_lucky_seeds_are_not_taken_for_a_difference_of_recipes():
         runs = {name: [run(rng.random(1500) < 0.8 + 0.03 * rng.normal()) for _ in range(3)] for name in ("one", "two")}
         false += paired_p_values(runs, replicates=200)[("one", "two")] < 0.05
     assert false / 80 <= 0.1
-
-
-# Letters --------------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def graphs(draw):
-    n = draw(st.integers(1, 9))
-    order = draw(st.permutations([f"r{i}" for i in range(n)]))
-    pairs = list(combinations(order, 2))
-    return order, draw(st.lists(st.sampled_from(pairs), unique=True)) if pairs else []
-
-
-@given(graphs())
-@settings(max_examples=300, deadline=None)
-def test_two_share_a_letter_just_where_they_do_not_differ(graph):
-    order, different = graph
-    letters = compact_letters(order, different)
-    assert list(letters) == order
-    told_apart = {frozenset(pair) for pair in different}
-    for one, two in combinations(order, 2):
-        assert bool(set(letters[one]) & set(letters[two])) != (frozenset((one, two)) in told_apart)
-    assert letters[order[0]].startswith("a")
-    assert all(text and list(text) == sorted(set(text)) for text in letters.values())
-    # No letter is left out, none is without use.
-    used = sorted(set("".join(letters.values())))
-    assert used == [chr(ord("a") + i) for i in range(len(used))]
-    for letter in used:
-        rest = {name: set(text) - {letter} for name, text in letters.items()}
-        kept = all(rest.values()) and all(
-            bool(rest[one] & rest[two]) == bool(set(letters[one]) & set(letters[two]))
-            for one, two in combinations(order, 2)
-        )
-        assert not kept, letter
-
-
-def test_letters_by_hand():
-    # Differences between ranks that are far apart give the usual staircase.
-    names = [f"T{i}" for i in range(1, 6)]
-    assert compact_letters(names, [("T1", "T4"), ("T1", "T5"), ("T2", "T5")]) == {
-        "T1": "a",
-        "T2": "ab",
-        "T3": "abc",
-        "T4": "bc",
-        "T5": "c",
-    }
-
-
-def test_more_than_fifty_two_letters_stay_single_letters():
-    names = [f"r{i}" for i in range(70)]
-    letters = compact_letters(names, list(combinations(names, 2)))
-    assert len(set(letters.values())) == 70
-    assert all(len(text) == 1 and text.isalpha() for text in letters.values())
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def compare(
 
 
 def comparison_of(
-    runs: Iterable[Run | str] | None = None,
+    runs: Iterable[Run | RunRecord | str] | None = None,
     *,
     data: str | None = None,
     root: Home | None = None,
@@ -261,23 +261,25 @@ def comparison_of(
     dataset = load_dataset(data, root, make_builtin=False) if data else _dataset_of(found[0], root)
     if not found:
         assert dataset is not None
-        found = runs_of(dataset, root)
+        found = list(runs_of(dataset, root))
         if not found:
             raise ZooError(f"there is no run on the present split of {data!r}; train one with `zoo train`")
-    digest = found[0].record.split_digest
+    records = [run.record if isinstance(run, Run) else run for run in found]
+    digest = records[0].split_digest
     known: dict[str, Any] = {"by": by, "metric": metric, "margin": margin, "looks": looks_at_test(root, digest)}
     if dataset is None or dataset.split_digest != digest:
         return make_comparison(found, **known)
     images = {split: facts["images"] for split, facts in split_summary(dataset)["splits"].items()}
     # Runs that left bad images out are compared with floors that do.
-    policy = "skip" if any(run.record.bad_images == "skip" for run in found) else None
-    refuse_different([run.record for run in found])
+    policy = "skip" if any(record.bad_images == "skip" for record in records) else None
+    refuse_different(records)
     return make_comparison(found, floors=dataset_floors(dataset, policy), images=images, **known)
 
 
-def _dataset_of(run: Run, root: Home) -> Dataset | None:
+def _dataset_of(run: Run | RunRecord, root: Home) -> Dataset | None:
+    record = run.record if isinstance(run, Run) else run
     try:
-        return load_dataset(run.record.dataset, root, make_builtin=False)
+        return load_dataset(record.dataset, root, make_builtin=False)
     except ZooError:
         return None  # the runs are all that is left; they are compared without floors
 

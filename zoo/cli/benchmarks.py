@@ -1,4 +1,4 @@
-"""`zoo bench` and `zoo compare`: many recipes, one test split, one table."""
+"""`zoo bench`, `zoo compare` and `zoo report`: many recipes, one test split, one table, one page."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def add_to(parent: typer.Typer) -> None:
     """Add the verbs to the command line."""
     parent.command()(bench)
     parent.command()(compare)
+    parent.command()(report)
 
 
 def bench(
@@ -96,3 +97,27 @@ def compare(
     print_comparison(comparison, pairs)
     for path in files:
         console().print(f"written: {path}", markup=False, soft_wrap=True)
+
+
+def report(
+    benchmark: Annotated[str | None, typer.Argument(help="A benchmark that was run.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="All runs on this dataset's present split.")] = None,
+    metric: Annotated[str, typer.Option(help="What letters, floors and pairs are about, e.g. auroc.")] = "top1",
+    margin: Annotated[float, typer.Option(help="Difference below which two count as equivalent.")] = 0.02,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file to write.")] = None,
+    json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Write one self-contained HTML page: what the comparison says, and everything it rests on."""
+    from zoo.benchmark.reports import report as write
+    from zoo.benchmark.suite import score_missing
+    from zoo.cli.screen import bars, console, print_json
+
+    with bars(quiet=json) as shown:
+        if data is not None:
+            score_missing([], data=data, progress=shown.images("scoring test"))
+        file = write(benchmark, data=data, output=output, metric=metric, margin=margin)
+    if json:
+        print_json({"report": str(file), "bytes": file.stat().st_size})
+        return
+    console().print(f"report: {file}", markup=False, soft_wrap=True)

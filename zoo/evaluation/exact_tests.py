@@ -93,16 +93,15 @@ def delong_p_value(y_true: Array, one: Array, two: Array, units: Array | None = 
 
     one, two: (N,), or (N, C) for one-vs-rest. With groups Student's t with one degree fewer than groups.
     """
-    from scipy.special import stdtr
+    from scipy.special import ndtr, stdtr
 
     aucs, covariance = delong(y_true, np.stack([one, two]), units)
     variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
     difference = float(aucs[0] - aucs[1])
     if variance < 1e-18:
         return 1.0 if abs(difference) < 1e-12 else 0.0
-    degrees = math.inf if units is None else max(1, int(units.max()))
     z = -abs(difference) / math.sqrt(variance)
-    return float(2 * stdtr(min(degrees, 1e9), z))
+    return float(2 * (ndtr(z) if units is None else stdtr(max(1, int(units.max())), z)))
 
 
 def equivalence_p_value(difference: float, standard_error: float, margin: float, degrees: float) -> float:

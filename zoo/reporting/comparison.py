@@ -55,6 +55,7 @@ class Comparison:
     environment: dict[str, Any]
     leaks_accepted: bool = False
     notes: list[str] = field(default_factory=list)
+    negative_class: str | None = None
     metric: str = "top1"
     relative_to: str | None = None
     pairs: list[dict[str, Any]] = field(default_factory=list)
@@ -134,6 +135,7 @@ def make_comparison(
         environment=_environment([record for _, record in pairs]),
         leaks_accepted=leaks_accepted or any(record.leaks_accepted for _, record in pairs),
         notes=_notes(rows, metric, looks),
+        negative_class=first.negative_class,
         metric=metric,
         relative_to=next(iter(found.letters), None),
         pairs=[pair.document() for pair in found.pairs],

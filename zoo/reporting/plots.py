@@ -27,7 +27,7 @@ DPI = 130  # a figure of WIDTH inches then fits a README page without being scal
 WIDTH = 7.8  # inches
 BLUE, ORANGE, GREEN, SKY = "#0072B2", "#D55E00", "#009E73", "#56B4E9"
 GREY, FAINT = "#555555", "#dddddd"
-_SIZE = 7.5  # points
+SIZE = 7.5  # points
 _LEAST_CELL_TEXT = 4.5  # points; smaller counts are left out of a matrix
 
 
@@ -53,10 +53,10 @@ def plot_learning_curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, 
     """
     names = list(histories)
     if not names:
-        return _empty("no learning curves: no run has a history", title)
+        return empty_figure("no learning curves: no run has a history", title)
     across = len(names) if len(names) <= 3 else 3 if len(names) <= 6 else 4
     down = math.ceil(len(names) / across)
-    figure = _figure(WIDTH if across > 1 else 4.2, 0.75 + 2.5 * down)
+    figure = new_figure(WIDTH if across > 1 else 4.2, 0.75 + 2.5 * down)
     grid = figure.subplots(2 * down, across, squeeze=False, sharex=False)
     loss_top, top1_bottom = _loss_top(histories), _top1_bottom(histories)
     for place in range(down * across):
@@ -69,18 +69,18 @@ def plot_learning_curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, 
         for axes, key in zip(pair, ("loss", "top1"), strict=True):
             _draw_curves(axes, histories[names[place]], key)
             if column == 0:
-                axes.set_ylabel(key, fontsize=_SIZE)
+                axes.set_ylabel(key, fontsize=SIZE)
         pair[0].set_ylim(0, loss_top)
         pair[1].set_ylim(top1_bottom, 1.01)
         pair[0].tick_params(labelbottom=False)
-        pair[0].set_title(_two_lines(names[place], 90 // across), fontsize=_SIZE, fontweight="bold")
+        pair[0].set_title(two_lines(names[place], 90 // across), fontsize=SIZE, fontweight="bold")
         if place + across >= len(names):
-            pair[1].set_xlabel("epoch", fontsize=_SIZE)
-    handles = [_line(ORANGE, "training", "--"), _line(BLUE, "validation", "-")]
+            pair[1].set_xlabel("epoch", fontsize=SIZE)
+    handles = [line_handle(ORANGE, "training", "--"), line_handle(BLUE, "validation", "-")]
     if any(_phase_starts(seeds) for seeds in histories.values()):
-        handles.append(_line(GREY, "next phase", ":"))
-    _legend(figure, handles)
-    return _titled(figure, title)
+        handles.append(line_handle(GREY, "next phase", ":"))
+    legend_below(figure, handles)
+    return titled(figure, title)
 
 
 def _draw_curves(axes: Axes, seeds: Sequence[Sequence[Mapping[str, Any]]], key: str) -> None:
@@ -98,7 +98,7 @@ def _draw_curves(axes: Axes, seeds: Sequence[Sequence[Mapping[str, Any]]], key: 
     last = max((epoch for history in seeds for epoch in _epochs(history)), default=1)
     axes.set_xlim(0.5, last + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    _plain_axes(axes)
+    plain_axes(axes)
 
 
 def _epochs(history: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -162,7 +162,7 @@ def plot_test_scores(
     failed = [row for row in rows if not _finite(row.get(metric))]
     floors = sorted((floor for floor in floors if _finite(floor.get(metric))), key=lambda floor: floor[metric])
     count = max(1, len(rows))
-    figure = _figure(WIDTH, 1.0 + 0.25 * count + 0.17 * len(floors))
+    figure = new_figure(WIDTH, 1.0 + 0.25 * count + 0.17 * len(floors))
     axes = figure.subplots()
     low, high = _score_limits(scored, floors, metric)
     axes.set_xlim(low, high)
@@ -171,25 +171,25 @@ def plot_test_scores(
         _draw_score(axes, place, row, metric)
     for place, row in enumerate(failed, start=len(scored)):
         reason = one_line(row.get("reason") or row.get("status") or "no score", 70)
-        said = axes.text(low + 0.01 * (high - low), place, f"failed: {_text(reason)}", va="center", fontsize=_SIZE)
+        said = axes.text(low + 0.01 * (high - low), place, f"failed: {literal(reason)}", va="center", fontsize=SIZE)
         said.set(color=ORANGE, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-    names = [_text(_middle(str(row.get("recipe", "?")), 38)) for row in (*scored, *failed)]
-    axes.set_yticks(range(len(names)), names, fontsize=_SIZE)
+    names = [literal(cut_middle(str(row.get("recipe", "?")), 38)) for row in (*scored, *failed)]
+    axes.set_yticks(range(len(names)), names, fontsize=SIZE)
     axes.grid(axis="y", color=FAINT, lw=0.6)
     _draw_floors(axes, floors, metric)
-    axes.set_xlabel(_metric_label(metric, sign), fontsize=_SIZE)
-    _plain_axes(axes)
+    axes.set_xlabel(_metric_label(metric, sign), fontsize=SIZE)
+    plain_axes(axes)
     if scored:
-        _legend(figure, _score_handles(scored, metric))
-    return _titled(figure, title)
+        legend_below(figure, _score_handles(scored, metric))
+    return titled(figure, title)
 
 
 def _score_handles(scored: Sequence[Mapping[str, Any]], metric: str) -> list[Line2D]:
-    mean = _line(BLUE, "mean", "", "o")
+    mean = line_handle(BLUE, "mean", "", "o")
     if any(row.get(f"{metric}_ci") for row in scored):
-        mean = _line(BLUE, "mean, 95% interval", "-", "o")
+        mean = line_handle(BLUE, "mean, 95% interval", "-", "o")
     elif any(_finite(row.get(f"{metric}_sd")) for row in scored):
-        mean = _line(BLUE, "mean ± sd over seeds", "-", "o")
+        mean = line_handle(BLUE, "mean ± sd over seeds", "-", "o")
     handles = [mean]
     if any(len(row.get(f"{metric}_seeds") or ()) > 1 for row in scored):
         handles.append(Line2D([], [], ls="", marker="o", ms=4, mfc="none", mec=SKY, label="one seed"))
@@ -209,7 +209,7 @@ def _draw_score(axes: Axes, place: int, row: Mapping[str, Any], metric: str) -> 
     beside = axes.get_yaxis_transform()
     partly = " (partly failed)" if row.get("status") == "partly failed" else ""
     text = f"{row[metric]:.3f}  {row.get('letters') or ''}{partly}"
-    axes.text(1.015, place, _text(text), transform=beside, va="center", fontsize=_SIZE)
+    axes.text(1.015, place, literal(text), transform=beside, va="center", fontsize=SIZE)
 
 
 def _interval(row: Mapping[str, Any], metric: str) -> list[float] | None:
@@ -239,7 +239,7 @@ def _draw_floors(axes: Axes, floors: Sequence[Mapping[str, Any]], metric: str) -
         value, right = floor[metric], floor[metric] - low < 0.6 * (high - low)
         line: dict[str, Any] = {"ls": "--", "color": GREY, "lw": 1, "zorder": 1}
         axes.plot([value, value], [0, 1], transform=transform, clip_on=False, **line)
-        text = f"{_text(one_line(floor['name'], 60))} {value:.3f}"
+        text = f"{literal(one_line(floor['name'], 60))} {value:.3f}"
         axes.annotate(
             f" {text}" if right else f"{text} ",
             (value, 1),
@@ -249,7 +249,7 @@ def _draw_floors(axes: Axes, floors: Sequence[Mapping[str, Any]], metric: str) -
             xycoords=transform,
             ha="left" if right else "right",
             va="center",
-            fontsize=_SIZE,
+            fontsize=SIZE,
             color=GREY,
             annotation_clip=False,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
@@ -270,16 +270,16 @@ def plot_confusion_matrices(matrices: Mapping[str, Sequence[Any]], classes: Sequ
     """
     names = list(matrices)
     if not names:
-        return _empty("no confusion matrices: no run is scored", title)
+        return empty_figure("no confusion matrices: no run is scored", title)
     c = len(classes)
     across = min(len(names), 4 if c <= 4 else 3 if c <= 10 else 2 if c <= 20 else 1)
     down = math.ceil(len(names) / across)
-    labels = [_text(one_line(name, 18)) for name in classes]
+    labels = [literal(one_line(name, 18)) for name in classes]
     margin = 0.2 + 0.065 * min(18, max(len(one_line(name)) for name in classes))  # inches of the class names
     side = min(4.8, (WIDTH - margin - 0.9) / across, max(1.7, 0.5 * c))
     labelled = 1 if len(names) % across == 0 else min(down, 2)  # rows with class names below them
     height = 0.5 + margin * labelled + (side + 0.3) * down
-    figure = _figure(max(3.6, margin + 0.9 + side * across), height, "compressed")
+    figure = new_figure(max(3.6, margin + 0.9 + side * across), height, "compressed")
     grid = figure.subplots(down, across, squeeze=False)
     points = 72 * (side - 0.1) / c  # of one cell
     image: Any = None
@@ -289,14 +289,14 @@ def plot_confusion_matrices(matrices: Mapping[str, Sequence[Any]], classes: Sequ
             continue
         counts = np.sum([np.asarray(matrix) for matrix in matrices[names[place]]], axis=0).reshape(c, c)
         image = _draw_matrix(axes, counts, points)
-        axes.set_title(_two_lines(names[place], int(side * 13)), fontsize=_SIZE, fontweight="bold")
+        axes.set_title(two_lines(names[place], int(side * 13)), fontsize=SIZE, fontweight="bold")
         _label_classes(axes, labels, points, place % across == 0, place + across >= len(names))
-    figure.supxlabel("predicted", fontsize=_SIZE)
-    figure.supylabel("true", fontsize=_SIZE)
+    figure.supxlabel("predicted", fontsize=SIZE)
+    figure.supylabel("true", fontsize=SIZE)
     bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.01, aspect=30)
-    bar.set_label("share of the true class", fontsize=_SIZE)
-    bar.ax.tick_params(labelsize=_SIZE - 0.5)
-    return _titled(figure, title)
+    bar.set_label("share of the true class", fontsize=SIZE)
+    bar.ax.tick_params(labelsize=SIZE - 0.5)
+    return titled(figure, title)
 
 
 def _draw_matrix(axes: Axes, counts: np.ndarray, points: float) -> Any:
@@ -304,7 +304,7 @@ def _draw_matrix(axes: Axes, counts: np.ndarray, points: float) -> Any:
     share = counts / np.maximum(totals, 1)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     digits = len(str(int(counts.max())))
-    size = min(_SIZE, points / (0.68 * max(digits, 2)))
+    size = min(SIZE, points / (0.68 * max(digits, 2)))
     if size >= _LEAST_CELL_TEXT:
         for row, column in np.ndindex(*counts.shape):
             colour = "white" if share[row, column] > 0.55 else "black"
@@ -315,7 +315,7 @@ def _draw_matrix(axes: Axes, counts: np.ndarray, points: float) -> Any:
 
 
 def _label_classes(axes: Axes, labels: list[str], points: float, left: bool, bottom: bool) -> None:
-    size = max(4.0, min(_SIZE, 0.9 * points))
+    size = max(4.0, min(SIZE, 0.9 * points))
     ticks = range(0, len(labels), math.ceil(size / points))  # of many classes every second, third, ... is named
     shown = [labels[tick] for tick in ticks]
     turned = 90 if max(map(len, labels)) > 3 else 0
@@ -359,11 +359,11 @@ def plot_samples(
     """
     count = len(images)
     if not count:
-        return _empty("no sample predictions: no run is scored", title)
+        return empty_figure("no sample predictions: no run is scored", title)
     across = min(count, 4 if count % 5 and not count % 4 else 5)
     down = math.ceil(count / across)
     side = WIDTH / 5
-    figure = _figure(max(3.2, side * across), 0.3 + (side + 0.48) * down, "compressed")
+    figure = new_figure(max(3.2, side * across), 0.3 + (side + 0.48) * down, "compressed")
     grid = figure.subplots(down, across, squeeze=False)
     for place, axes in enumerate(grid.flat):
         if place >= count:
@@ -377,10 +377,10 @@ def plot_samples(
             lines=(
                 f"{one_line(classes[guess], 14)} {predictions.y_score[place, guess]:.2f}",
                 f"true: {one_line(classes[label], 18)}",
-                _middle(str(predictions.sample_ids[place]), 26),
+                cut_middle(str(predictions.sample_ids[place]), 26),
             ),
         )
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def _draw_sample(axes: Axes, image: np.ndarray) -> None:
@@ -395,54 +395,61 @@ def _caption(axes: Axes, right: bool, lines: tuple[str, str, str]) -> None:
     colour = GREEN if right else ORANGE
     for spine in axes.spines.values():
         spine.set(color=colour, linewidth=2.5)
-    said, true, sample = (_text(line) for line in lines)
-    axes.set_title(f"{'✓' if right else '✗'} {said}", fontsize=_SIZE, color=colour, fontweight="bold", pad=4)
-    axes.set_xlabel(f"{true}\n{sample}", fontsize=_SIZE - 1, labelpad=3)
+    said, true, sample = (literal(line) for line in lines)
+    axes.set_title(f"{'✓' if right else '✗'} {said}", fontsize=SIZE, color=colour, fontweight="bold", pad=4)
+    axes.set_xlabel(f"{true}\n{sample}", fontsize=SIZE - 1, labelpad=3)
 
 
 # What all figures share -----------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
+    """Return a white figure of so many inches that lays its parts out by itself."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
     engine: Any = figure.get_layout_engine()
     engine.set(w_pad=0.04, h_pad=0.06, wspace=0.02, hspace=0.02)
     return figure
 
 
-def _titled(figure: Figure, title: str) -> Figure:
+def titled(figure: Figure, title: str) -> Figure:
+    """Return the figure with a title, broken into lines that fit."""
     if title:
-        figure.suptitle(_wrapped(title, int(figure.get_figwidth() * 12)), fontsize=_SIZE + 1.5, fontweight="bold")
+        figure.suptitle(_wrapped(title, int(figure.get_figwidth() * 12)), fontsize=SIZE + 1.5, fontweight="bold")
     return figure
 
 
-def _empty(text: str, title: str) -> Figure:
-    figure = _figure(WIDTH, 1.2)
-    figure.text(0.5, 0.45, text, ha="center", va="center", fontsize=_SIZE + 1, color=GREY)
-    return _titled(figure, title)
+def empty_figure(text: str, title: str) -> Figure:
+    """Return a figure that says in words why there is nothing to draw."""
+    figure = new_figure(WIDTH, 1.2)
+    figure.text(0.5, 0.45, text, ha="center", va="center", fontsize=SIZE + 1, color=GREY)
+    return titled(figure, title)
 
 
-def _legend(figure: Figure, handles: list[Line2D]) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=_SIZE, frameon=False)
+def legend_below(figure: Figure, handles: list[Line2D], columns: int | None = None) -> None:
+    """Put a legend below all panels, in one line or in so many columns."""
+    across = columns or len(handles)
+    figure.legend(handles=handles, loc="outside lower center", ncols=across, fontsize=SIZE, frameon=False)
 
 
-def _line(colour: str, label: str, style: str, marker: str = "") -> Line2D:
+def line_handle(colour: str, label: str, style: str, marker: str = "") -> Line2D:
+    """Return an entry of a legend."""
     return Line2D([], [], color=colour, label=label, ls=style, marker=marker, ms=5, lw=1.5)
 
 
-def _plain_axes(axes: Axes) -> None:
-    axes.tick_params(labelsize=_SIZE - 0.5, length=2.5)
+def plain_axes(axes: Axes) -> None:
+    """Take what is not needed off the axes."""
+    axes.tick_params(labelsize=SIZE - 0.5, length=2.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=FAINT, lw=0.5)
     axes.set_axisbelow(True)
 
 
-def _text(text: str) -> str:
+def literal(text: str) -> str:
     """Return text that matplotlib does not read as mathematics."""
     return text.replace("$", r"\$")
 
 
-def _middle(text: str, limit: int) -> str:
+def cut_middle(text: str, limit: int) -> str:
     """Return text of at most `limit` characters, cut in the middle: the ends of recipe names tell them apart."""
     line = one_line(text, 10_000)
     if len(line) <= limit:
@@ -451,18 +458,18 @@ def _middle(text: str, limit: int) -> str:
     return f"{line[: limit - 1 - tail]}…{line[-tail:]}"
 
 
-def _two_lines(name: str, width: int) -> str:
+def two_lines(name: str, width: int) -> str:
     """Return a name in at most two lines of about `width` characters, broken after a separator where there is one."""
-    line = _middle(name, 2 * width - 2)
+    line = cut_middle(name, 2 * width - 2)
     if len(line) <= width:
-        return _text(line)
+        return literal(line)
     breaks = [place + 1 for place in range(len(line) - width - 1, width) if line[place] in "-_. "]
     middle = (len(line) + 1) // 2
     at = min(breaks, key=lambda place: abs(place - middle), default=middle)
-    return _text(f"{line[:at]}\n{line[at:]}")
+    return literal(f"{line[:at]}\n{line[at:]}")
 
 
 def _wrapped(text: str, width: int) -> str:
     import textwrap
 
-    return _text("\n".join(textwrap.wrap(one_line(text, 400), width)))
+    return literal("\n".join(textwrap.wrap(one_line(text, 400), width)))

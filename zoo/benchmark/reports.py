@@ -1,0 +1,100 @@
+"""The report of a benchmark or a dataset: its runs are looked up, compared, and written as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from zoo.benchmark.suite import comparison_of, load_benchmark
+from zoo.data.manifest import Dataset, load_dataset
+from zoo.errors import ZooError, one_line
+from zoo.evaluation.statistics import MARGIN
+from zoo.files import Home, check_writable, home, read_json, user_path
+from zoo.reporting.report import Material, write_report
+from zoo.runs import Run, RunRecord, find_run
+
+
+def report(
+    name: str | None = None,
+    *,
+    data: str | None = None,
+    runs: Iterable[Run | str] | None = None,
+    output: str | Path | None = None,
+    root: Home | None = None,
+    metric: str = "top1",
+    margin: float = MARGIN,
+) -> Path:
+    """Write the report of a benchmark that was run, of all runs on a dataset's present split, or of named runs.
+
+    output: the HTML file; left out, `report.html` in the benchmark's or the dataset's folder below `benchmarks/`.
+    Raises ZooError where nothing was run, runs cannot be compared, or the file cannot be written.
+    """
+    root = root or home()
+    if sum(each is not None for each in (name, data, runs)) != 1:
+        raise ZooError("a report is of a benchmark, or of --data N; name one of `zoo list benchmarks`")
+    found: list[Run | RunRecord] | None = None
+    if name is not None:
+        found = _benchmark_runs(name, root)
+    elif runs is not None:
+        found = [find_run(run, root) if isinstance(run, str) else run for run in runs]
+    file = _output(output, root, name or data or "report")
+    comparison = comparison_of(found, data=data, root=root, metric=metric, margin=margin)
+    by_recipe: dict[str, list[Run]] = {}
+    for row in comparison.rows:
+        folders = [Run(root.runs / run) for run in row["runs"]]
+        by_recipe[row["recipe"]] = [run for run in folders if run.finished]
+    return write_report(file, Material(comparison, by_recipe, _dataset(comparison.dataset, root)))
+
+
+def _output(output: str | Path | None, root: Home, name: str) -> Path:
+    if output is None:
+        file = root.benchmarks / Path(name).stem / "report.html"
+    else:
+        file = user_path(output)
+        if file.suffix.lower() not in (".html", ".htm") or file.is_dir():
+            raise ZooError(f"a report is written to a file that ends in .html. Got {one_line(output)!r}")
+    check_writable(file.parent)  # before minutes of work
+    return file
+
+
+def _benchmark_runs(name: str, root: Home) -> list[Run | RunRecord]:
+    """Return the runs that a benchmark's table names; what failed before it had a folder as a record."""
+    wanted = load_benchmark(name, root)
+    file = root.benchmarks / wanted.name / "table.json"
+    if not file.is_file():
+        raise ZooError(f"benchmark {wanted.name!r} has no table yet; run it with `zoo bench {wanted.name}`")
+    table = read_json(file)
+    found: list[Run | RunRecord] = []
+    for row in table["rows"]:
+        folders = [Run(root.runs / run) for run in row["runs"]]
+        known = [run for run in folders if (run.path / "run.json").is_file()]
+        found += known
+        if row["status"] == "finished" and len(known) < len(folders):
+            missing = next(run.name for run in folders if run not in known)
+            raise ZooError(f"run {missing!r} of the table is gone; run `zoo bench {wanted.name}` again")
+        found += [_failed(table, row, run.name) for run in folders if run not in known]
+    return found
+
+
+def _failed(table: dict[str, Any], row: dict[str, Any], run: str) -> RunRecord:
+    seed = next((int(part[1:]) for part in run.split("--") if part[:1] == "s" and part[1:].isdigit()), 0)
+    return RunRecord(
+        run=run,
+        status="failed",
+        reason=row["reason"],
+        dataset=table["dataset"],
+        recipe=row["recipe"],
+        recipe_digest=run.rsplit("--", 1)[-1],
+        seed=seed,
+        split_digest=table["split_digest"],
+        classes=table["classes"],
+        model=row["model"],
+    )
+
+
+def _dataset(name: str, root: Home) -> Dataset | None:
+    try:
+        return load_dataset(name, root, make_builtin=False)
+    except ZooError:
+        return None
