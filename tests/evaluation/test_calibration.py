@@ -483,7 +483,7 @@ def test_a_class_without_a_chance_is_still_in_the_set_that_must_hold_it():
 
 
 def test_sets_of_a_model_that_is_right_more_often_than_asked_are_conservative_by_aps():
-    val, test = draw(500, 3, skill=8), draw(500, 3, seed=1, skill=8)  # top1 0.94
+    val, test = draw(500, 3, skill=8), draw(500, 3, seed=1, skill=8)  # top1 0.93
     report = conformal_report(val, test, names(3), 0.8)
     assert report["aps"]["quantile"] == 0
     assert report["aps"]["mean_set_size"] == 1
