@@ -16,25 +16,23 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 from zoo.errors import ZooError
 from zoo.evaluation.calibration import (
-    adaptive_ece,
     apply_temperature,
     brier_decomposition,
     calibration_report,
     conformal_quantile,
     conformal_report,
-    ece_interval,
     fit_temperature,
     operating_points,
     prediction_sets,
-    proportion_interval,
     refer_report,
     refer_threshold,
-    reliability,
     risk_coverage,
 )
+from zoo.evaluation.calibration_error import adaptive_ece, ece_interval, reliability
 from zoo.evaluation.metrics import compute_metrics, ece_of
 from zoo.evaluation.predictions import Predictions
-from zoo.evaluation.statistics import top1_interval, wilson_interval
+from zoo.evaluation.proportions import proportion_interval, wilson_interval
+from zoo.evaluation.statistics import top1_interval
 
 
 def made(y_true, logits, groups=None):

@@ -47,7 +47,9 @@ def test_on_real_digits(digits):
     assert neighbour["test_top1_ci"] == pytest.approx(wilson_interval((guess == y[1200:]).sum(), 597))
     assert 0.85 < regression["test_top1"] < 0.97
     for row in rows:
-        assert set(row) == {"name", "test_top1", "test_balanced_accuracy", "test_macro_f1", "test_top1_ci"}
+        scores = ("test_top1", "test_balanced_accuracy", "test_macro_f1")
+        assert set(row) == {"name", *scores, *(f"{score}_ci" for score in scores)}
+        assert all(row[f"{score}_ci"][0] <= row[score] <= row[f"{score}_ci"][1] for score in scores)
         assert row["test_top1_ci"][0] < row["test_top1"] < row["test_top1_ci"][1]
 
 

@@ -7,27 +7,24 @@ heed groups where there are any.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from zoo.errors import ZooError, nearest, one_line
-from zoo.evaluation import metrics
-from zoo.evaluation.metrics import ECE_BINS
-from zoo.evaluation.predictions import Predictions
-from zoo.evaluation.statistics import (
-    _CHUNK,
-    _NO_VARIANCE,
-    _correct,
-    _degrees,
-    _draws,
-    _score_interval,
-    _t_quantile,
-    _unique_order,
-    _units,
-    wilson_interval,
+from zoo.evaluation.calibration_error import adaptive_ece, ece_interval, reliability, top_label
+from zoo.evaluation.metrics import (
+    brier_of,
+    check_logits,
+    check_predictions,
+    check_scores,
+    ece_of,
+    log_loss_of,
+    negative_index,
+    positive_class,
 )
+from zoo.evaluation.predictions import Predictions
+from zoo.evaluation.proportions import proportion_interval
 
 METHODS = ("lac", "aps")
 TEMPERATURES = (0.05, 20.0)
@@ -49,7 +46,7 @@ def calibration_report(
     _check_pair(val, test, classes, negative_class)
     temperature = fit_temperature(val)
     scaled_val, scaled = apply_temperature(val, temperature), apply_temperature(test, temperature)
-    positive = metrics._positive_class(classes, negative_class)
+    positive = positive_class(classes, negative_class)
     curve = risk_coverage(scaled.y_true, scaled.y_score)
     return {
         "temperature": temperature,
@@ -68,204 +65,14 @@ def calibration_report(
 def _quality(predictions: Predictions, positive: int | None) -> dict[str, Any]:
     y_true, y_score = predictions.y_true, predictions.y_score
     return {
-        "ece": metrics.ece_of(y_true, y_score),
+        "ece": ece_of(y_true, y_score),
         "ece_ci": list(ece_interval([predictions], "ece")),
         "adaptive_ece": adaptive_ece(y_true, y_score),
         "adaptive_ece_ci": list(ece_interval([predictions], "adaptive_ece")),
-        "log_loss": metrics._log_loss(y_true, y_score),
-        "brier": metrics._brier(y_true, y_score, positive),
+        "log_loss": log_loss_of(y_true, y_score),
+        "brier": brier_of(y_true, y_score, positive),
         "brier_decomposition": brier_decomposition(y_true, y_score, positive),
     }
-
-
-def proportion_interval(hits: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
-    """Return the 95 % interval of the share of hits (N,) bool, in [0, 1].
-
-    Wilson's; where groups (N,) hold more than one sample, for as many independent samples as would have the variance
-    of a mean over groups, at most N, with Student's t for few groups: what `top1_interval` does, by the linearised
-    variance of a ratio (Cochran 1977, Sampling Techniques, 6.3) in place of a bootstrap. Where groups do not differ
-    at all: as many samples as groups. Raises ZooError for no sample.
-
-    >>> [round(end, 4) for end in proportion_interval(np.arange(20) < 15)]
-    [0.5313, 0.8881]
-    >>> [round(end, 4) for end in proportion_interval(np.arange(20) < 15, np.arange(20) // 5)]
-    [0.1307, 0.9836]
-    """
-    n, correct = len(hits), float(np.count_nonzero(hits))
-    codes = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
-    units = int(codes.max()) + 1 if n else 0
-    if units == n:
-        return wilson_interval(correct, n)
-    p = correct / n
-    apart = np.bincount(codes, weights=hits - p)
-    variance = float((apart**2).sum()) / n**2 * units / max(1, units - 1)
-    if variance < _NO_VARIANCE or units == 1:
-        return wilson_interval(p * units, units)
-    return _score_interval(p, min(n, p * (1 - p) / variance), _t_quantile(0.975, units - 1))
-
-
-# Calibration error ----------------------------------------------------------------------------------------------------
-
-
-def adaptive_ece(y_true: np.ndarray, y_score: np.ndarray, bins: int = ECE_BINS) -> float:
-    """Return the calibration error of the top label over bins of equally many samples, in [0, 1].
-
-    As `ece_of`, but bins part the sorted confidences (N,) into equal counts, the adaptive bins of Nixon et al. 2019
-    (arXiv 1904.01685; they go over every class, this over the predicted one). Equal confidences share a bin, the
-    lower one, so that the order of samples is of no matter. Raises ZooError for no sample, scores that do not fit
-    y_true, and bins < 1.
-
-    >>> adaptive_ece(np.array([0, 0, 0, 0]), np.array([[0.6, 0.4]] * 2 + [[0.1, 0.9]] * 2), bins=2)
-    0.65
-    """
-    _check_scores(y_true, y_score, bins)
-    confidence, right = _top_label(y_true, y_score)
-    gaps = np.bincount(_equal_mass(confidence, bins), weights=right - confidence)
-    return float(np.abs(gaps).sum() / len(y_true))
-
-
-def reliability(
-    y_true: np.ndarray, y_score: np.ndarray, bins: int = ECE_BINS, groups: np.ndarray | None = None
-) -> list[dict[str, Any]]:
-    """Return the bars of a reliability diagram of the top label: equal bins (low, high], empty ones left out.
-
-    Each: `low`, `high`, `n`, mean `confidence`, `accuracy`, `accuracy_ci` [low, high] (`proportion_interval` over
-    groups (N,)), fractions in [0, 1]. The bins are those of `ece_of`. Raises ZooError as `adaptive_ece`.
-    """
-    _check_scores(y_true, y_score, bins)
-    confidence, right = _top_label(y_true, y_score)
-    of = _equal_width(confidence, bins)
-    rows = []
-    for place in np.unique(of):
-        inside = of == place
-        rows.append(
-            {
-                "low": float(place / bins),
-                "high": float((place + 1) / bins),
-                "n": int(inside.sum()),
-                "confidence": float(confidence[inside].mean()),
-                "accuracy": float(right[inside].mean()),
-                "accuracy_ci": list(proportion_interval(right[inside], None if groups is None else groups[inside])),
-            }
-        )
-    return rows
-
-
-def ece_interval(
-    predictions_by_seed: Sequence[Predictions], kind: str = "ece", replicates: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the 95 % interval of `ece` or `adaptive_ece` (kind) of the population, a mean over seeds; in [0, 1].
-
-    The ECE of a sample lies above that of its population, and of a resample above both, so percentiles of a bootstrap
-    miss the truth (for the squared error: Sun et al. 2024, arXiv 2408.08998). Here groups and seeds are resampled to
-    learn each bin's standard error; the mean of a folded normal (Leone et al. 1961, Technometrics 3, 543) says by how
-    much the bin's gap is too large, which is taken off; the interval is Student's, with the bootstrap's error of that
-    corrected sum. Near perfect calibration the bias is not seen whole: the low end is 0 unless the sample's error
-    exceeds the 97.5 % quantile of what calibrated scores would give, by resampling centred at none and by outcomes
-    drawn from the confidences (Bröcker and Smith 2007, doi 10.1175/WAF993.1). Bins are held, those of the sample. The
-    sample's own value may lie above the interval.
-
-    In simulations (top1 0.79; 150 to 2000 samples, alone or in 20 to 100 correlated groups; 1 to 5 seeds) it covers
-    0.89 to 0.99 where 0.95 is asked; where percentiles cover 0 of calibrated scores, 0.96 to 0.99. With ten errors or
-    so, or many samples and top1 of 0.99, 0.90 to 1. Where all are right (or wrong) its width is that of accuracy's.
-    One group alone gives (0, 1). Raises ZooError for an unknown kind, no run or sample, or runs of other samples.
-    """
-    if kind not in ("ece", "adaptive_ece"):
-        raise ZooError(f"kind of calibration error must be ece or adaptive_ece. Got {one_line(kind)!r}")
-    confidence, right, bins, units = _binned(predictions_by_seed, kind == "adaptive_ece")
-    sizes = np.bincount(units).astype(np.float64)
-    sums = np.stack([_sums(units, of, gap) for of, gap in zip(bins, right - confidence, strict=True)])
-    gaps = sums.sum(axis=1) / len(units)  # (seeds, bins)
-    error = float(np.abs(gaps).sum(axis=1).mean())
-    if len(sizes) == 1:
-        return (0.0, 1.0)
-    if right.all() or not right.any():
-        low, high = proportion_interval(right[0], units)
-        return (max(0.0, error - (high - low)), min(1.0, error + (high - low)))
-    rng = np.random.default_rng(seed)
-    of_seed = _draws(rng, replicates, len(sums)) / max(1, len(sums) - 1)
-    found = _replicated_gaps(sums, sizes, replicates, rng)
-    spread = found.std(axis=0)
-    corrected = _unfolded(gaps, spread).sum(axis=1)  # (seeds,)
-    variance = float((of_seed * _unfolded(found, spread).sum(axis=2)).sum(axis=1).var())
-    seeds = (float(corrected.var(ddof=1)) / len(sums) if len(sums) > 1 else 0.0, len(sums))
-    half = _t_quantile(0.975, _degrees(variance, len(sizes), [seeds])) * math.sqrt(variance)
-    at_none = (of_seed * np.abs(found - gaps).sum(axis=2)).sum(axis=1), _calibrated(confidence, bins, replicates, rng)
-    shown = all(error > np.quantile(each, 0.975) for each in at_none)
-    low = float(corrected.mean()) - half if shown else 0.0
-    return (max(0.0, low), min(1.0, max(0.0, float(corrected.mean()) + half)))
-
-
-def _binned(runs: Sequence[Predictions], adaptive: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return confidence, right and bin (seeds, N) each, and the samples' units (N,), in the order of sample ids."""
-    if not runs:
-        raise ZooError("an interval of the calibration error needs a run or more. Got none; train one")
-    first = runs[0]
-    _check_one(first)
-    order = _unique_order(first)
-    confidences, rights, bins = [], [], []
-    for number, run in enumerate(runs, 1):
-        _check_one(run)
-        rights.append(_correct(run, first, order, f"run {number}") > 0)
-        confidences.append(run.y_score.max(axis=1)[_unique_order(run)])
-        bins.append((_equal_mass if adaptive else _equal_width)(confidences[-1]))
-    return np.stack(confidences), np.stack(rights), np.stack(bins), _units(first)[order]
-
-
-def _sums(rows: np.ndarray, bins: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the sums of the weights by row and bin: (rows, bins)."""
-    count = int(rows.max()) + 1
-    return np.bincount(rows * ECE_BINS + bins, weights=weights, minlength=count * ECE_BINS).reshape(count, ECE_BINS)
-
-
-def _calibrated(confidence: np.ndarray, bins: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the error, mean over seeds, of outcomes drawn from the confidences (seeds, N): (count,)."""
-    n = confidence.shape[1]
-    members = [_sums(np.arange(n), of, np.ones(n)) for of in bins]  # (N, bins)
-    found = np.empty(count)
-    step = max(1, _CHUNK // n)
-    for start in range(0, count, step):
-        part = slice(start, min(count, start + step))
-        drawn = rng.random((part.stop - start, n))  # the same for every seed: their errors go together
-        gaps = [((drawn < each) - each) @ member for each, member in zip(confidence, members, strict=True)]
-        found[part] = np.mean([np.abs(gap).sum(axis=1) for gap in gaps], axis=0) / n
-    return found
-
-
-def _replicated_gaps(sums: np.ndarray, sizes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Return each bin's gap, as a share of all samples, in each bootstrap replicate: (count, seeds, bins)."""
-    flat = sums.transpose(1, 0, 2).reshape(len(sizes), -1)  # (units, seeds x bins)
-    found = np.empty((count, flat.shape[1]))
-    step = max(1, _CHUNK // len(sizes))
-    for start in range(0, count, step):
-        part = slice(start, min(count, start + step))
-        weights = _draws(rng, part.stop - start, len(sizes))
-        found[part] = weights @ flat / (weights @ sizes)[:, None]
-    return found.reshape(count, len(sums), -1)
-
-
-def _unfolded(gaps: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Return |gaps| less what noise of standard deviation `spread` adds to them on average."""
-    from scipy.special import ndtr
-
-    spread = np.maximum(spread, 1e-12)
-    ratio = gaps / spread
-    noisy = spread * math.sqrt(2 / math.pi) * np.exp(-(ratio**2) / 2) + gaps * (2 * ndtr(ratio) - 1)
-    return np.asarray(2 * np.abs(gaps) - noisy)
-
-
-def _top_label(y_true: np.ndarray, y_score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return y_score.max(axis=1), y_score.argmax(axis=1) == y_true
-
-
-def _equal_width(confidence: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
-    return np.asarray(np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1))
-
-
-def _equal_mass(confidence: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
-    last = -(-len(confidence) * np.arange(1, bins) // bins) - 1
-    edges = np.unique(np.sort(confidence)[np.maximum(last, 0)])
-    return np.asarray(np.searchsorted(edges, confidence, side="left"))
 
 
 def brier_decomposition(y_true: np.ndarray, y_score: np.ndarray, positive: int | None = None) -> dict[str, float]:
@@ -282,7 +89,7 @@ def brier_decomposition(y_true: np.ndarray, y_score: np.ndarray, positive: int |
     """
     from scipy.optimize import isotonic_regression
 
-    _check_scores(y_true, y_score)
+    check_scores(y_true, y_score)
     brier = recalibrated = uncertainty = 0.0
     for member in range(y_score.shape[1]) if positive is None else [positive]:
         score, hit = y_score[:, member], (y_true == member).astype(np.float64)
@@ -309,7 +116,7 @@ def fit_temperature(val: Predictions) -> float:
     from scipy.optimize import brentq
     from scipy.special import softmax
 
-    _check_one(val)
+    check_logits(val)
     logits = val.logits.astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
     of_true = logits[np.arange(len(logits)), val.y_true]
@@ -356,7 +163,7 @@ def conformal_quantile(val_scores: np.ndarray, y_true: np.ndarray, method: str, 
     >>> round(conformal_quantile(scores, np.zeros(10, int), "lac", 0.8), 6)
     0.45
     """
-    _check_scores(y_true, val_scores)
+    check_scores(y_true, val_scores)
     _check_method(method)
     if not 0 < coverage < 1:
         raise ZooError(f"coverage must lie in (0, 1). Got {coverage}; ask for 0.9, say")
@@ -429,8 +236,8 @@ def risk_coverage(y_true: np.ndarray, y_score: np.ndarray) -> dict[str, Any]:
     >>> curve["coverage"].tolist(), curve["risk"].tolist(), curve["aurc"], curve["e_aurc"]
     ([0.25, 0.5, 1.0], [0.0, 0.0, 0.25], 0.125, 0.0625)
     """
-    _check_scores(y_true, y_score)
-    confidence, right = _top_label(y_true, y_score)
+    check_scores(y_true, y_score)
+    confidence, right = top_label(y_true, y_score)
     values, place, counts = np.unique(-confidence, return_inverse=True, return_counts=True)
     answered = np.cumsum(counts)
     risk = np.cumsum(np.bincount(place, weights=~right)) / answered
@@ -447,7 +254,7 @@ def refer_threshold(val: Predictions, max_error: float = 0.05, least: int = 20) 
     In [0, 1]; at least `least` samples must be answered. The choice favours val, so test may err somewhat more. Raises
     ZooError for max_error outside [0, 1), least < 1, no sample.
     """
-    _check_one(val)
+    check_logits(val)
     if not (0 <= max_error < 1 and least >= 1):
         raise ZooError(
             f"referring needs max_error in [0, 1) and least of 1 or more. Got {max_error} and {least}; try 0.05 and 20"
@@ -494,7 +301,7 @@ def operating_points(
     _check_pair(val, test, classes, negative_class)
     if not 0 < at < 1:
         raise ZooError(f"the sensitivity or specificity asked must lie in (0, 1). Got {at}; ask for 0.95, say")
-    negative = metrics._negative_index(classes, negative_class)
+    negative = negative_index(classes, negative_class)
     if negative is None or not 0 < np.count_nonzero(val.y_true == negative) < len(val.y_true):
         return None
     score, disease = 1 - val.y_score[:, negative], val.y_true != negative
@@ -536,25 +343,6 @@ def _mean(values: np.ndarray) -> float | None:
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
-def _check_scores(y_true: np.ndarray, y_score: np.ndarray, bins: int = 1) -> None:
-    if y_score.ndim != 2 or y_true.shape != y_score.shape[:1] or not y_score.size:
-        raise ZooError(
-            f"scores must be (N, C) and y_true (N,), with a sample or more. Got {y_score.shape} and {y_true.shape}; "
-            "score the run again"
-        )
-    if not (y_true.min() >= 0 and y_true.max() < y_score.shape[1] and np.isfinite(y_score).all()):
-        raise ZooError(
-            f"scores must be finite and y_true in [0, {y_score.shape[1]}). Got y_true of {y_true.min()} to "
-            f"{y_true.max()} and {int((~np.isfinite(y_score)).sum())} scores that are not; score the run again"
-        )
-    if bins < 1:
-        raise ZooError(f"bins must be 1 or more. Got {bins}; leave it out for {ECE_BINS}")
-
-
-def _check_one(predictions: Predictions) -> None:
-    metrics._check(predictions, [str(index) for index in range(predictions.logits.shape[1])], None)
-
-
 def _check_pair(
     val: Predictions, test: Predictions, classes: list[str] | None = None, negative_class: str | None = None
 ) -> None:
@@ -565,7 +353,7 @@ def _check_pair(
             "score the run again on both"
         )
     for each in (val, test):
-        metrics._check(each, classes or [str(index) for index in range(widths[0])], negative_class)
+        check_predictions(each, classes or [str(index) for index in range(widths[0])], negative_class)
 
 
 def _check_method(method: str) -> None:

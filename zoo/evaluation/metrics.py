@@ -46,9 +46,9 @@ def compute_metrics(predictions: Predictions, classes: list[str], negative_class
     Raises ZooError for no samples, fewer than two classes, logits of another width or that are not finite, and an
     unknown negative class.
     """
-    _check(predictions, classes, negative_class)
+    check_predictions(predictions, classes, negative_class)
     y_true, y_pred, y_score = predictions.y_true, predictions.y_pred, predictions.y_score
-    positive = _positive_class(classes, negative_class)
+    positive = positive_class(classes, negative_class)
     return {
         "n": len(y_true),
         "n_groups": int(predictions.group_codes.max()) + 1,
@@ -58,9 +58,9 @@ def compute_metrics(predictions: Predictions, classes: list[str], negative_class
         "auroc": _auroc(y_true, y_score, positive),
         "auprc": _auprc(y_true, y_score, positive),
         "log_loss": log_loss_of(y_true, y_score),
-        "brier": _brier(y_true, y_score, positive),
+        "brier": brier_of(y_true, y_score, positive),
         "ece": ece_of(y_true, y_score),
-        **_sensitivity_specificity(y_true, y_pred, _negative_index(classes, negative_class)),
+        **_sensitivity_specificity(y_true, y_pred, negative_index(classes, negative_class)),
         "per_class": _per_class(y_true, y_pred, classes),
         "confusion_matrix": _confusion(y_true, y_pred, len(classes)),
     }
@@ -73,7 +73,7 @@ def selection_score(name: str, logits: np.ndarray, y_true: np.ndarray) -> float:
     """
     ids = np.arange(len(y_true)).astype(str)
     predictions = Predictions(ids, ids, y_true, logits)
-    _check(predictions, [str(index) for index in range(predictions.logits.shape[1])], None)
+    check_predictions(predictions, [str(index) for index in range(predictions.logits.shape[1])], None)
     y_true = predictions.y_true
     if name in ("auroc", "log_loss"):
         y_score = predictions.y_score
@@ -120,7 +120,8 @@ def ece_of(y_true: np.ndarray, y_score: np.ndarray) -> float:
     return float(np.abs(gaps).sum() / len(y_true))
 
 
-def _check(predictions: Predictions, classes: list[str], negative_class: str | None) -> None:
+def check_predictions(predictions: Predictions, classes: list[str], negative_class: str | None) -> None:
+    """Raise ZooError unless there is a sample, and one finite logit for each of two classes or more."""
     n, width = predictions.logits.shape
     if n == 0:
         raise ZooError("metrics need at least one sample. Got none; check the dataset's split")
@@ -143,15 +144,16 @@ def _check(predictions: Predictions, classes: list[str], negative_class: str | N
         )
 
 
-def _negative_index(classes: list[str], negative_class: str | None) -> int | None:
+def negative_index(classes: list[str], negative_class: str | None) -> int | None:
+    """Return the class that is no disease: the one named, else the first of two, else None."""
     if negative_class is not None:
         return classes.index(negative_class)
     return 0 if len(classes) == 2 else None
 
 
-def _positive_class(classes: list[str], negative_class: str | None) -> int | None:
+def positive_class(classes: list[str], negative_class: str | None) -> int | None:
     """Return the positive class of two; None where there are more."""
-    negative = _negative_index(classes, negative_class)
+    negative = negative_index(classes, negative_class)
     return 1 - negative if len(classes) == 2 and negative is not None else None
 
 
@@ -222,7 +224,8 @@ def log_loss_of(y_true: np.ndarray, y_score: np.ndarray) -> float:
     return float(log_loss(y_true, y_score, labels=range(y_score.shape[1])))
 
 
-def _brier(y_true: np.ndarray, y_score: np.ndarray, positive: int | None) -> float:
+def brier_of(y_true: np.ndarray, y_score: np.ndarray, positive: int | None) -> float:
+    """Return the Brier score as `compute_metrics` defines it; positive: of two classes, the only one that counts."""
     from sklearn.metrics import mean_squared_error
 
     # brier_score_loss knows more than two classes only from scikit-learn 1.7 on; this is its definition.
@@ -246,3 +249,24 @@ def _confusion(y_true: np.ndarray, y_pred: np.ndarray, n_classes: int) -> list[l
 
     table: list[list[int]] = confusion_matrix(y_true, y_pred, labels=range(n_classes)).tolist()
     return table
+
+
+def check_scores(y_true: np.ndarray, y_score: np.ndarray, bins: int = 1) -> None:
+    """Raise ZooError unless y_score (N, C) is finite and fits y_true (N,), with a sample or more."""
+    if y_score.ndim != 2 or y_true.shape != y_score.shape[:1] or not y_score.size:
+        raise ZooError(
+            f"scores must be (N, C) and y_true (N,), with a sample or more. Got {y_score.shape} and {y_true.shape}; "
+            "score the run again"
+        )
+    if not (y_true.min() >= 0 and y_true.max() < y_score.shape[1] and np.isfinite(y_score).all()):
+        raise ZooError(
+            f"scores must be finite and y_true in [0, {y_score.shape[1]}). Got y_true of {y_true.min()} to "
+            f"{y_true.max()} and {int((~np.isfinite(y_score)).sum())} scores that are not; score the run again"
+        )
+    if bins < 1:
+        raise ZooError(f"bins must be 1 or more. Got {bins}; leave it out for {ECE_BINS}")
+
+
+def check_logits(predictions: Predictions) -> None:
+    """Raise ZooError unless there is a sample and every logit is finite, whatever the classes are called."""
+    check_predictions(predictions, [str(index) for index in range(predictions.logits.shape[1])], None)

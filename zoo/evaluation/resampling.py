@@ -37,7 +37,7 @@ METRICS = (
 RARE = 10  # units: with fewer of a class, some replicates would have none of it
 _OVER_CLASSES = METRICS[1:9]  # undefined, or of other classes, where a replicate lacks one
 _BY_RANK = ("auroc", "auprc")
-_CHUNK = 2_000_000  # weights held at once: 16 MB
+CHUNK = 2_000_000  # weights held at once: 16 MB
 _DENSE = 256  # rows; more are mostly zeros
 _EXACT_FLOAT32 = 2**23  # whole numbers below are added without rounding
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -209,18 +209,18 @@ def _ordered(run: Predictions, first: Predictions, order: Array, name: str) -> P
 def _weights(strata: Array, n_samples: int, count: int, seed: int) -> Iterator[Array]:
     """Yield how often each unit is drawn, a chunk of replicates at a time: (U, chunk) float64."""
     rng = np.random.default_rng(seed)
-    step = max(1, _CHUNK // n_samples)
+    step = max(1, CHUNK // n_samples)
     members = [np.flatnonzero(strata == each) for each in range(int(strata.max()) + 1)]
     for start in range(0, count, step):
         width = min(step, count - start)
         weights = np.empty((len(strata), width))
         for each in members:
             # A stratum keeps its weight beside others; where there is one, whole numbers are enough.
-            weights[each] = _draws(rng, width, len(each)) * (1 if len(members) == 1 else _scale(len(each)))
+            weights[each] = draw_units(rng, width, len(each)) * (1 if len(members) == 1 else _scale(len(each)))
         yield weights
 
 
-def _draws(rng: np.random.Generator, count: int, units: int) -> Array:
+def draw_units(rng: np.random.Generator, count: int, units: int) -> Array:
     """Return how often each unit is drawn when one fewer than all are, with replacement: (units, count)."""
     if units == 1:
         return np.ones((1, count))
@@ -391,7 +391,7 @@ def _share(part: Array, whole: Array) -> Array:
 def _mean_over(values: Array, counted: Array) -> Array:
     number = counted.sum(axis=0)
     total = np.where(counted, values, 0.0).sum(axis=0)
-    return np.divide(total, number, out=np.full(total.shape, np.nan), where=number > 0)
+    return np.asarray(np.divide(total, number, out=np.full(total.shape, np.nan), where=number > 0))
 
 
 def _f1(sums: dict[str, Array], _: Samples) -> Array:
@@ -427,7 +427,7 @@ def _specificity(sums: dict[str, Array], samples: Samples) -> Array:
 
 def _ratio(part: Array, whole: Array) -> Array:
     """Return part / whole, NaN where whole is nothing but rounding."""
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 1e-9)
+    return np.asarray(np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 1e-9))
 
 
 _NEEDS = {

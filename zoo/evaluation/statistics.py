@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 
 from zoo.errors import ZooError
+from zoo.evaluation.calibration_error import ece_interval
 from zoo.evaluation.exact_tests import delong_p_value, equivalence_p_value, holm, mcnemar_midp
 from zoo.evaluation.letters import compact_letters
 from zoo.evaluation.metrics import METRIC_SIGN
 from zoo.evaluation.predictions import Predictions
+from zoo.evaluation.proportions import NO_VARIANCE, degrees_of_freedom, score_interval, t_quantile, wilson_interval
 from zoo.evaluation.resampling import METRICS, Aligned, Array
 
 REPLICATES = 2000
 MARGIN = 0.02  # of equivalence: two points
 _AFFORDABLE = 5e10  # sums
-_NO_VARIANCE = 1e-18  # nothing but rounding
 _PROPORTIONS = ("top1", "sensitivity", "specificity")
 _UNBOUNDED = {"log_loss": math.inf, "brier": 2.0}
 
@@ -83,21 +84,6 @@ class Pair:
         return asdict(self)
 
 
-def wilson_interval(correct: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the score interval of a proportion, in [0, 1] (Wilson 1927, doi 10.1080/01621459.1927.10502953).
-
-    correct: 0 to n, the number of successes; a mean over seeds need not be whole. Raises ZooError outside.
-
-    >>> [round(end, 4) for end in wilson_interval(81, 263)]
-    [0.2553, 0.3662]
-    """
-    if not (n > 0 and 0 <= correct <= n and 0 < confidence < 1):
-        raise ZooError(
-            f"an interval needs 0 <= correct <= n, n > 0 and confidence in (0, 1). Got {correct} of {n} at {confidence}"
-        )
-    return _score_interval(correct / n, n, NormalDist().inv_cdf(0.5 + confidence / 2))
-
-
 def top1_interval(
     runs: Sequence[Predictions], *, confidence: float = 0.95, replicates: int = REPLICATES, seed: int = 0
 ) -> tuple[float, float]:
@@ -130,12 +116,13 @@ def metric_intervals(
 ) -> dict[str, dict[str, Interval | None]]:
     """Return metric to recipe to its interval; None where the metric is not defined on the samples.
 
-    Proportions (top1, sensitivity, specificity): Wilson's interval for as many independent samples as would have the
-    bootstrap's variance (effective sample size: Franco et al. 2019, doi 10.1093/jssam/smy019); one run without
-    groups: Wilson's as it is. ECE, which is biased upwards: the basic bootstrap, cut at 0. Others: BCa (Efron 1987, doi
-    10.1080/01621459.1987.10478410). All with Student's t for few groups or seeds (for BCa as in Hesterberg 2015, doi
-    10.1080/00031305.2015.1089789). Where no replicate differs (all right, or one group): as many samples as
-    groups. negative: index of the class that is no disease. Raises ZooError where there is no run or sample, the runs
+    Proportions (top1, sensitivity, specificity): Wilson's interval for as many independent samples as would have
+    the bootstrap's variance (effective sample size: Franco et al. 2019, doi 10.1093/jssam/smy019); one run without
+    groups: Wilson's as it is. ECE, which is biased upwards: `ece_interval`, which may end below the value. Others:
+    BCa (Efron 1987, doi 10.1080/01621459.1987.10478410). All with Student's t for few groups or seeds (for BCa as
+    in Hesterberg 2015, doi 10.1080/00031305.2015.1089789). Where no replicate differs (all right, or one group): as
+    many samples as groups.
+    negative: index of the class that is no disease. Raises ZooError where there is no run or sample, the runs
     are of different samples, or a metric is unknown.
     """
     table = Aligned(runs_by_recipe, negative)
@@ -149,30 +136,43 @@ def metric_intervals(
             if metric not in drawn or not np.isfinite(points).all():
                 found[metric][name] = None
                 continue
+            if metric == "ece":
+                ends: tuple[float, float] | None = ece_interval(runs_by_recipe[name], "ece", replicates, seed)
+            else:
+                ends = None
             blocks = jackknife[metric][name].mean(axis=1) if metric in jackknife else None
-            found[metric][name] = _interval(table, metric, points, drawn[metric][name], blocks, confidence, seed)
+            found[metric][name] = _interval(table, metric, points, drawn[metric][name], blocks, ends, confidence, seed)
     return found
 
 
 def _interval(
-    table: Aligned, metric: str, points: Array, drawn: Array, blocks: Array | None, confidence: float, seed: int
+    table: Aligned,
+    metric: str,
+    points: Array,
+    drawn: Array,
+    blocks: Array | None,
+    ends: tuple[float, float] | None,
+    confidence: float,
+    seed: int,
 ) -> Interval:
-    """Return the interval of one recipe; drawn: (R, S) replicates, blocks: (B,) leave-one-out values."""
+    """Return the interval of one recipe; drawn: (R, S) replicates, blocks: (B,) leave-one-out, ends: if known."""
     drawn = drawn[np.isfinite(drawn).all(axis=1)]
     value, seeds = float(points.mean()), len(points)
     means = _over_seeds(drawn, seed)
     seed_variance = float(points.var(ddof=1)) / seeds if seeds > 1 else 0.0
     variance = float(means.var()) if len(means) else 0.0
     units = table.samples.n_units
-    degrees = _degrees(variance, units, [(seed_variance, seeds)])
-    if metric in _PROPORTIONS:
+    degrees = degrees_of_freedom(variance, units, [(seed_variance, seeds)])
+    if ends is not None:
+        low, high = ends
+    elif metric in _PROPORTIONS:
         low, high = _proportion(table, metric, value, variance, degrees, seeds, confidence)
-    elif variance < _NO_VARIANCE:
+    elif variance < NO_VARIANCE:
         low, high = wilson_interval(value * units, units, confidence) if 0 <= value <= 1 else (value, value)
     else:
-        t = _t_quantile(0.5 + confidence / 2, degrees)
+        t = t_quantile(0.5 + confidence / 2, degrees)
         top = _UNBOUNDED.get(metric, 1.0)
-        low, high = _basic(value, means, t) if blocks is None else _bca(value, means, blocks, t)
+        low, high = _bca(value, means, np.zeros(1) if blocks is None else blocks, t)
         low, high = min(max(0.0, low), value), max(value, min(top, high))
     return Interval(
         value,
@@ -198,18 +198,10 @@ def _proportion(
     n = int(counted.sum())
     if seeds == 1 and not samples.grouped:
         return wilson_interval(round(p * n), n, confidence)
-    if variance < _NO_VARIANCE:
+    if variance < NO_VARIANCE:
         units = len(np.unique(samples.units[counted]))
         return wilson_interval(min(p, 1.0) * units, units, confidence)
-    return _score_interval(p, p * (1 - p) / variance, _t_quantile(0.5 + confidence / 2, degrees))
-
-
-def _score_interval(p: float, n: float, z: float) -> tuple[float, float]:
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-    # At the ends the formula is exact and rounding is not.
-    return (0.0 if p == 0 else max(0.0, low), 1.0 if p == 1 else min(1.0, high))
+    return score_interval(p, p * (1 - p) / variance, t_quantile(0.5 + confidence / 2, degrees))
 
 
 def _over_seeds(drawn: Array, seed: int) -> Array:
@@ -234,7 +226,7 @@ def _bca(value: float, means: Array, blocks: Array, t: float) -> tuple[float, fl
     bias = normal.inv_cdf(min(max(below, 1 / len(means)), 1 - 1 / len(means)))
     parts = blocks.mean() - blocks
     cubes, squares = float((parts**3).sum()), float((parts**2).sum())
-    skew = cubes / (6 * squares**1.5) if squares > _NO_VARIANCE else 0.0
+    skew = cubes / (6 * squares**1.5) if squares > NO_VARIANCE else 0.0
     ends = []
     for z in (-t, t):
         shifted = bias + (bias + z) / max(1e-3, 1 - skew * (bias + z))
@@ -314,11 +306,11 @@ def _difference(table: Aligned, one: Array, two: Array, drawn: Array, margin: fl
         return _Difference(seen, -1.0, 1.0, 1.0, 1.0)
     # The little that is taken off lets replicates that are equal but for rounding count as such.
     as_large = (1 + int((np.abs(spread) >= abs(seen) - 1e-12).sum())) / (1 + len(spread))
-    if variance < _NO_VARIANCE:
+    if variance < NO_VARIANCE:
         same = abs(seen) < 1e-12
         return _Difference(seen, seen, seen, 1.0 if same else as_large, equivalence_p_value(seen, 0.0, margin, 1.0))
-    degrees = _degrees(variance, units, [_seed_part(one), _seed_part(two)])
-    error, t = math.sqrt(variance), _t_quantile(0.975, degrees)
+    degrees = degrees_of_freedom(variance, units, [_seed_part(one), _seed_part(two)])
+    error, t = math.sqrt(variance), t_quantile(0.975, degrees)
     low, high = _basic(0.0, spread, 1.959964)
     p_value = max(as_large, 2 * _t_tail(-abs(seen) / error, degrees))
     equal = equivalence_p_value(seen, error, margin, degrees)
@@ -385,20 +377,6 @@ def letters_of(means: Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, s
     worst = math.inf
     order = sorted(means, key=lambda name: (-sign * means[name] if math.isfinite(means[name]) else worst, name))
     return compact_letters(order, [(pair.one, pair.two) for pair in pairs if pair.different])
-
-
-def _degrees(variance: float, n_units: int, seed_variances: list[tuple[float, int]]) -> float:
-    """Return the degrees of freedom of a variance that comes of groups and seeds (Satterthwaite 1946)."""
-    of_units = max(0.0, variance - sum(part for part, _ in seed_variances))
-    parts = [(of_units, n_units), *seed_variances]
-    below = sum(part**2 / (count - 1) for part, count in parts if count > 1)
-    return max(1.0, sum(part for part, _ in parts) ** 2 / below) if below else 1.0
-
-
-def _t_quantile(probability: float, degrees: float) -> float:
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees, probability))
 
 
 def _t_tail(t: float, degrees: float) -> float:
