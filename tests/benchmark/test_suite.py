@@ -12,7 +12,7 @@ from zoo.files import write_toml
 from zoo.recipe import list_recipes
 from zoo.runs import find_run, list_runs
 
-TABLES = ("table.md", "table.csv", "table.json")
+TABLES = ("table.md", "table.csv", "table.json", "table.tex")
 
 
 def files_of(folder):

@@ -3,15 +3,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from zoo.errors import ZooError
 from zoo.evaluation.metrics import compute_metrics
-from zoo.evaluation.predictions import Predictions, write_predictions
+from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
+from zoo.evaluation.statistics import top1_interval
 from zoo.files import to_json, write_json
-from zoo.reporting.tables import cells, make_comparison, title, to_csv, to_markdown
+from zoo.reporting.comparison import make_comparison
+from zoo.reporting.tables import ENDINGS, FORMATS, cells, format_of, legend, tex, title, to_csv, to_latex, to_markdown
 from zoo.runs import Run, RunRecord
 
 CLASSES = ["benign", "malignant", "normal"]
@@ -89,15 +93,16 @@ def test_floors_come_first_and_failures_last_whatever_it_is_sorted_by(root):
     assert [row["recipe"] for row in by_top1.rows] == ["strong", "weak", "awful"]
     assert [row["letters"] for row in by_top1.rows] == ["a", "b", None]
     assert [row["beats_floors"] for row in by_top1.rows] == [True, False, None]
-    for by in by_top1.rows[0]:
+    for by in ("test_top1", "test_ece", "train_s", "recipe", "letters", "test_auroc_ci", "reason"):
         assert make_comparison([failed, *runs], by=by).rows[-1]["recipe"] == "awful", by
-    lines = [line for line in to_markdown(by_top1).splitlines() if line.startswith("| ")]
+    table = to_markdown(by_top1).split("## Pairs")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines] == [
         "| recipe", "| *floor: majority class*", "| strong", "| weak", "| awful",
     ]  # fmt: skip
     assert lines[-1].endswith("failed: the loss was not finite |")
     assert len({line.count(" |") for line in lines}) == 1
-    assert "- Note: not above every floor with its interval: weak" in to_markdown(by_top1)
+    assert "- Note: not above every floor with its interval of top1: weak" in to_markdown(by_top1)
     with pytest.raises(ZooError, match=r"a table can be sorted by one of recipe, .* Got 'top'"):
         make_comparison(runs, by="top")
 
@@ -189,3 +194,125 @@ def test_a_document_and_a_frame_hold_what_scripts_rely_on(root):
     frame = comparison.frame()
     assert frame["recipe"].tolist() == ["cnn", "b"]
     assert frame.attrs["split_digest"] == comparison.split_digest
+
+
+# Metrics, pairs, formats ----------------------------------------------------------------------------------------------
+
+
+def four(root):
+    return [
+        make_run(root, name, seed, right)
+        for name, right in (("weak", 0.35), ("good", 0.93), ("better", 0.95))
+        for seed in (0, 1)
+    ]
+
+
+def test_every_metric_has_its_interval_around_its_value(root):
+    for row in make_comparison(four(root), floors=FLOORS).rows:
+        for score in ("top1", "balanced_accuracy", "macro_f1", "auroc", "auprc", "log_loss", "brier"):
+            low, high = row[f"test_{score}_ci"]
+            assert low <= row[f"test_{score}"] <= high and low < high, score
+        assert row["test_ece_ci"][0] < row["test_ece_ci"][1]
+        assert row["test_sensitivity_ci"] is None  # three classes, none of them negative
+        assert row["test_top1_se_test"] > 0 and row["test_top1_se_seeds"] >= 0
+        assert row["temperature"] > 0 and 0 <= row["test_ece_calibrated"] <= 1
+
+
+def test_the_interval_of_the_table_is_that_of_the_statistics(root):
+    runs = four(root)
+    row = next(row for row in make_comparison(runs).rows if row["recipe"] == "good")
+    of_good = [read_predictions(run.predictions_file("test")) for run in runs if "--good--" in run.name]
+    low, high = top1_interval(of_good)
+    assert row["test_top1_ci"] == pytest.approx([low, high], abs=1e-12)
+
+
+def test_letters_floors_and_order_go_by_the_metric(root):
+    runs = four(root)
+    found = {name: make_comparison(runs, floors=FLOORS, metric=name) for name in ("macro_f1", "auroc", "log_loss")}
+    for metric, comparison in found.items():
+        assert comparison.metric == metric and {pair["metric"] for pair in comparison.pairs} == {metric}
+        assert [row["recipe"] for row in comparison.rows][-1] == "weak"
+        assert comparison.relative_to == comparison.rows[0]["recipe"]
+        assert comparison.rows[-1]["letters"] == "b"
+        assert any(head.startswith("test ") for head in cells(comparison.rows[0], metric))
+    beats = {row["recipe"]: row["beats_floors"] for row in found["macro_f1"].rows}
+    assert beats == {"good": True, "better": True, "weak": found["macro_f1"].rows[-1]["test_macro_f1_ci"][0] > 0.2}
+    assert all(row["beats_floors"] is None for row in found["auroc"].rows)  # floors have no scores
+    with pytest.raises(ZooError, match=r"metric must be one of top1, .*Got 'macro_f'; did you mean 'macro_f1'"):
+        make_comparison(runs, metric="macro_f")
+
+
+def test_pairs_say_what_differs_what_is_equivalent_and_what_is_open(root):
+    runs = four(root)
+    pairs = {(pair["one"], pair["two"]): pair for pair in make_comparison(runs, margin=0.25).pairs}
+    assert set(pairs) == {("better", "good"), ("better", "weak"), ("good", "weak")}
+    open_pair, apart = pairs[("better", "good")], pairs[("good", "weak")]
+    assert apart["different"] and apart["low"] > 0 and apart["p"] <= apart["p_holm"] < 0.05
+    assert not open_pair["different"] and open_pair["low"] < 0 < open_pair["high"]
+    assert open_pair["equivalent"] and not apart["equivalent"]
+    assert not any(pair["equivalent"] for pair in make_comparison(runs, margin=1e-6).pairs)
+    text = to_markdown(make_comparison(runs, margin=0.25))
+    assert "| good | weak |" in text and "| different |" in text and "| equivalent |" in text
+    for margin in (0, -0.1, float("inf"), float("nan")):
+        with pytest.raises(ZooError, match="a margin of equivalence must be above 0"):
+            make_comparison(runs, margin=margin)
+
+
+def test_exact_tests_stand_beside_the_pairs_where_they_hold(root):
+    alone = [make_run(root, name, 0, right) for name, right in (("a", 0.6), ("b", 0.9))]
+    (grouped,) = make_comparison(alone).pairs
+    assert grouped["mcnemar_p"] == []  # it knows nothing of groups
+    (ranked,) = make_comparison(alone, metric="auroc").pairs
+    assert len(ranked["delong_p"]) == 1 and 0 <= ranked["delong_p"][0] < 0.05
+    for run in alone:
+        found = read_predictions(run.predictions_file("test"))
+        bare = Predictions(found.sample_ids, np.full(60, ""), found.y_true, found.logits)
+        write_predictions(run.predictions_file("test"), bare)
+    (single,) = make_comparison(alone).pairs
+    assert len(single["mcnemar_p"]) == 1 and single["mcnemar_p"][0] == pytest.approx(single["p"], abs=0.02)
+
+
+def test_a_table_says_how_often_test_was_looked_at(root):
+    runs = [make_run(root, seed=seed) for seed in (0, 1)]
+    assert "this test split was scored twice, for 1 recipe" in make_comparison(runs).notes
+    looks = {"scorings": 17, "recipes": 5, "first": "2026-01-01", "last": "2026-02-01"}
+    comparison = make_comparison(runs, looks=looks)
+    assert "this test split was scored 17 times, for 5 recipes" in comparison.notes
+    assert comparison.document()["test_looks"] == looks
+    assert make_comparison([make_run(root, "v", splits=("val",))]).notes == []
+
+
+def test_the_legend_says_which_recipe_is_the_best(root):
+    comparison = make_comparison(four(root))
+    assert comparison.relative_to in ("good", "better")
+    assert f"a: not told apart from {comparison.relative_to}, the best." in legend(comparison)
+
+
+def test_latex_is_a_booktabs_table_in_which_nothing_is_a_command(root):
+    runs = [make_run(root, "a"), record(r"50%_of\\x{}$#&~^", status="failed", reason="x")]
+    text = to_latex(make_comparison(runs, floors=FLOORS))
+    assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 2, 1]
+    columns = len(text.split("{tabular}{")[1].split("}")[0])
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 4
+    assert all(len(re.findall(r"(?<!\\)&", row)) == columns - 1 for row in rows)
+    assert r"50\%\_of\textbackslash{}" in text and "†" not in text
+    assert tex("<a> – ±") == r"$<$a$>$ -- $\pm$"
+
+
+def test_every_format_has_a_name_and_an_ending(root):
+    comparison = make_comparison(four(root), floors=FLOORS)
+    assert {format_of(Path(f"x{ending}")) for ending in ENDINGS} == set(FORMATS)
+    for name, write in FORMATS.items():
+        assert format_of(name) == name and write(comparison).endswith("\n")
+    assert json.loads(FORMATS["json"](comparison))["rows"]
+    with pytest.raises(ZooError, match=r"ends in \.md, \.csv, \.json, \.tex\. Got 'x\.pdf'"):
+        format_of(Path("x.pdf"))
+    with pytest.raises(ZooError, match=r"one of markdown, csv, json, latex\. Got 'latx'; did you mean 'latex'"):
+        format_of("latx")
+
+
+def test_an_interval_is_two_columns_of_a_spreadsheet(root):
+    (row,) = csv.DictReader(io.StringIO(to_csv(make_comparison([make_run(root)]))))
+    assert float(row["test_auroc_ci_low"]) < float(row["test_auroc"]) < float(row["test_auroc_ci_high"])
+    assert row["test_sensitivity_ci_low"] == ""

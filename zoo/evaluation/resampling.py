@@ -155,7 +155,8 @@ class Aligned:
         flat = [(name, place, run) for name, runs in self.runs.items() for place, run in enumerate(runs)]
         found = {m: {name: np.empty((count, len(runs))) for name, runs in self.runs.items()} for m in metrics}
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        with ThreadPoolExecutor(min(threads, len(flat))) as pool:
+        # Each thread has a run of its own; BLAS would start as many again in each.
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(min(threads, len(flat))) as pool:
             start = 0
             for weights in draws():
                 stop = start + weights.shape[1]
@@ -255,8 +256,7 @@ class _Scored:
         """Return weighted sums by name: (1, R), (C, R) for each class or (bins, R)."""
         wanted = {"n"} | {name for metric in metrics for name in _NEEDS[metric]}
         stack, places = self._stack(tuple(sorted(wanted)))
-        with threadpool_limits(1, "blas"):  # the runs themselves are shared out to threads
-            sums = np.asarray(stack @ weights)
+        sums = np.asarray(stack @ weights)
         return {name: sums[rows] for name, rows in places.items()}
 
     def _stack(self, names: tuple[str, ...]) -> tuple[Any, dict[str, slice]]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from zoo.evaluation.calibration import risk_coverage
 from zoo.evaluation.predictions import Predictions
@@ -66,7 +67,8 @@ def plot_differences(pairs: Sequence[Mapping[str, Any]], reference: str, title: 
         axes.plot(ends, [place, place], "-", color=colour, lw=1.6, solid_capstyle="butt")
         marker = "s" if pair["equivalent"] else "o"
         axes.plot(seen, place, marker, color=colour, mfc=colour if pair["different"] else "white", ms=5.5)
-        text = f"{seen:+.3f}  p {pair['p_holm']:.3f}" if pair["p_holm"] >= 0.001 else f"{seen:+.3f}  p <.001"
+        p_value = f"p {pair['p_holm']:.3f}" if pair["p_holm"] >= 0.001 else "p <.001"
+        text = f"{seen:+.3f}  {p_value}".replace("-", "−")
         axes.text(1.015, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=SIZE)
     axes.set_yticks(range(len(rows)), [literal(cut_middle(row[0], 38)) for row in rows], fontsize=SIZE)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -76,6 +78,7 @@ def plot_differences(pairs: Sequence[Mapping[str, Any]], reference: str, title: 
     handles[1].set_markerfacecolor("white")
     handles.append(line_handle(FAINT, f"margin ±{margin:g}", "-"))
     handles[2].set_linewidth(6)
+    handles.append(line_handle(FAINT, "p: Holm, over all pairs", ""))
     legend_below(figure, handles)
     return titled(figure, title)
 
@@ -99,6 +102,9 @@ def plot_pareto(rows: Sequence[Mapping[str, Any]], metric: str, sign: int = 1, t
         front = _front([(row[cost], sign * row[key]) for row in known])
         axes.plot([x for x, _ in front], [sign * y for _, y in front], "-", color=GREY, lw=0.9, zorder=1)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _round_number(value)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label, fontsize=SIZE)
         plain_axes(axes)
     panels[0].set_ylabel(key.replace("_", " ", 1), fontsize=SIZE)
@@ -108,6 +114,15 @@ def plot_pareto(rows: Sequence[Mapping[str, Any]], metric: str, sign: int = 1, t
     ]
     legend_below(figure, [*handles, line_handle(GREY, "nothing cheaper is better", "-")], columns=3)
     return titled(figure, title)
+
+
+def _round_number(value: float) -> str:
+    """Return a number as an axis names it.
+
+    >>> _round_number(200000), _round_number(2.5e7), _round_number(0.5), _round_number(50)
+    ('0.2M', '25M', '0.5', '50')
+    """
+    return f"{value / 1e6:g}M" if value >= 1e5 else f"{value:g}"
 
 
 def _draw_cost(axes: Axes, row: Mapping[str, Any], key: str, cost: str, colour: str, marker: str) -> None:
@@ -149,8 +164,7 @@ def plot_reliability(reports: Mapping[str, Mapping[str, Any]], title: str = "") 
         text = f"ECE {before:.3f} → {after:.3f}\nT = {report['temperature']:.2f}"
         axes.text(0.04, 0.96, text, transform=axes.transAxes, va="top", fontsize=SIZE - 0.5)
         _named(axes, name)
-    figure.supxlabel("confidence of the predicted class", fontsize=SIZE)
-    figure.supylabel("share that is right", fontsize=SIZE)
+    _label_edges(panels, len(reports), "confidence", "share that is right")
     handles = [line_handle(ORANGE, "as trained", "-", "o"), line_handle(BLUE, "temperature fitted on val", "-", "o")]
     legend_below(figure, handles)
     return titled(figure, title)
@@ -177,8 +191,8 @@ def plot_roc_pr(
         axes.plot([0, 1], [0, 1] if kind == "roc" else [base, base], ":", color=GREY, lw=1)
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
         _named(axes, name)
-    figure.supxlabel("1 − specificity" if kind == "roc" else "recall", fontsize=SIZE)
-    figure.supylabel("sensitivity" if kind == "roc" else "precision", fontsize=SIZE)
+    names = ("1 − specificity", "sensitivity") if kind == "roc" else ("recall", "precision")
+    _label_edges(panels, len(curves), *names)
     handles = [line_handle(BLUE, "mean over seeds" + ("" if positive is not None else " and classes"), "-")]
     handles += [line_handle(SKY, "95% band", "-"), line_handle(GREY, "chance", ":")]
     handles[1].set_linewidth(6)
@@ -268,7 +282,7 @@ def plot_error_overlap(missed: Mapping[str, np.ndarray], title: str = "") -> Fig
         for column, two in enumerate(names):
             either = (missed[one] | missed[two]).sum()
             shares[row, column] = (missed[one] & missed[two]).sum() / either if either else 1.0
-    side = min(0.5, 4.6 / len(names))
+    side = min(0.36, 4.6 / len(names))
     figure = new_figure(WIDTH, 1.4 + side * len(names))
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -299,6 +313,17 @@ def _panels(names: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
     for axes in flat:
         plain_axes(axes)
     return figure, flat
+
+
+def _label_edges(panels: Sequence[Axes], count: int, below: str, left: str) -> None:
+    """Label the lowest panel of each column and the first of each row; a label of the whole would meet the legend."""
+    across = min(4, max(2, count))
+    for place, axes in enumerate(panels[:count]):
+        if place + across >= count:
+            axes.set_xlabel(below, fontsize=SIZE)
+            axes.tick_params(labelbottom=True)
+        if place % across == 0:
+            axes.set_ylabel(left, fontsize=SIZE)
 
 
 def _named(axes: Axes, name: str) -> None:

@@ -130,7 +130,7 @@ def _part(name: str, *blocks: dict[str, Any] | None) -> dict[str, Any]:
 
 def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> dict[str, Any]:
     """Return a table; the first `words` columns are text, the others numbers."""
-    return {"kind": "table", "heads": list(heads), "rows": [list(row) for row in rows], "words": words}
+    return {"kind": "table", "heads": list(heads), "rows": [list(row) for row in rows], "words": words, "folded": False}
 
 
 def _text(text: str) -> dict[str, Any]:
@@ -147,9 +147,13 @@ def _figure(drawn: Any, alt: str) -> dict[str, Any]:
 def _table_part(comparison: Comparison) -> dict[str, Any]:
     metric = comparison.metric
     rows = [cells(row, metric) for row in comparison.rows]
-    heads = [head for head in rows[0] if head not in ("model", "images/s", "status", "epochs")]
+    # The score stands first, where a phone shows it.
+    names = [head for head in rows[0] if head.startswith(("test ", "val "))]
+    first = ["recipe", names[1], "95% CI", "ties", names[0]]
+    left_out = ("model", "images/s", "status", "epochs", "weights")
+    heads = [*first, *(head for head in rows[0] if head not in (*first, *left_out)), "weights"]
     floors = [floor_cells(floor, metric) for floor in comparison.floors]
-    table = _grid(heads, [[row.get(head, "") for head in heads] for row in [*floors, *rows]], words=2)
+    table = _grid(heads, [[row.get(head, "") for head in heads] for row in [*floors, *rows]])
     failed = [row for row in comparison.rows if row["reason"]]
     reasons = [_text(f"{row['status']}: {row['recipe']}: {row['reason']}") for row in failed]
     forest = plots.plot_test_scores(comparison.rows, f"test_{metric}", comparison.floors)
@@ -364,9 +368,9 @@ def _decision_part(scored: _Scored) -> dict[str, Any] | None:
     heads = ["recipe", "sets", "coverage", "of the worst class", "mean size", "empty"]
     asked = next(iter(scored.calibration.values()))
     said = (
-        f"Split-conformal sets that should hold the true class in {asked['conformal']['coverage_asked']:.0%} of cases "
-        "like those of val; by group and by class it is no promise. Referral: the lowest confidence on val at which at "
-        f"most {asked['refer']['max_error']:.0%} of what is answered is wrong; all below is for a human."
+        f"Split-conformal sets that should hold the true class in {_percent(asked['conformal']['coverage_asked'])} of "
+        "cases like those of val; by group and by class it is no promise. Referral: the lowest confidence on val at "
+        f"which at most {_percent(asked['refer']['max_error'])} of what is answered is wrong; all below is for a human."
     )
     first = {name: runs[0] for name, runs in scored.test.items()}
     drawn = curves.plot_risk_coverage(first, {name: each["refer"] for name, each in scored.calibration.items()})
@@ -388,7 +392,11 @@ def _refer_cells(report: Mapping[str, Any]) -> list[str]:
     if report["test_error"] is not None:
         low, high = report["test_error_ci"]
         error = f"{report['test_error']:.3f} [{low:.3f}, {high:.3f}]"
-    return [f"{report['threshold']:.3f}", f"{report['val_coverage']:.0%}", f"{report['test_coverage']:.0%}", error]
+    return [f"{report['threshold']:.3f}", _percent(report["val_coverage"]), _percent(report["test_coverage"]), error]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _operating(scored: _Scored) -> list[dict[str, Any]]:
