@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from zoo.data.manifest import Dataset, load_dataset
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.statistics import MARGIN
 from zoo.files import Home, check_writable, home, read_json, user_path
-from zoo.reporting.report import Material, write_report
+from zoo.reporting.report import Explain, Material, write_report
 from zoo.runs import Run, RunRecord, find_run
 
 
@@ -24,11 +24,15 @@ def report(
     root: Home | None = None,
     metric: str = "top1",
     margin: float = MARGIN,
+    explain: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write the report of a benchmark that was run, of all runs on a dataset's present split, or of named runs.
 
-    output: the HTML file; left out, `report.html` in the benchmark's or the dataset's folder below `benchmarks/`.
-    Raises ZooError where nothing was run, runs cannot be compared, or the file cannot be written.
+    explain: run the networks again, on val with the centre and with the border painted over (the shortcut probe), and
+    on the hardest test images to show where the best one looked; this changes no score. output: the HTML file; left
+    out, `report.html` in the benchmark's or the dataset's folder below `benchmarks/`. progress: called with recipes
+    probed and in all. Raises ZooError where nothing was run, runs cannot be compared, or the file cannot be written.
     """
     root = root or home()
     if sum(each is not None for each in (name, data, runs)) != 1:
@@ -44,7 +48,38 @@ def report(
     for row in comparison.rows:
         folders = [Run(root.runs / run) for run in row["runs"]]
         by_recipe[row["recipe"]] = [run for run in folders if run.finished]
-    return write_report(file, Material(comparison, by_recipe, _dataset(comparison.dataset, root)))
+    dataset = _dataset(comparison.dataset, root)
+    if not explain or dataset is None or dataset.split_digest != comparison.split_digest:
+        return write_report(file, Material(comparison, by_recipe, dataset))
+    probes, said = _probes(by_recipe, root, progress or (lambda done, total: None))
+    material = Material(comparison, by_recipe, dataset, _explainer(root), probes, said)
+    return write_report(file, material)
+
+
+def _explainer(root: Home) -> Explain:
+    def pictures(run: Run, sample_ids: Sequence[str]) -> Mapping[str, Any]:
+        from zoo.training.probe import explain_images
+
+        return explain_images(run, sample_ids, "test", root)
+
+    return pictures
+
+
+def _probes(
+    by_recipe: Mapping[str, Sequence[Run]], root: Home, progress: Callable[[int, int], None]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return each recipe's probe, by its first run, and why a recipe has none."""
+    from zoo.training.probe import shortcut_probe
+
+    probes, said = {}, []
+    first = {name: each[0] for name, each in by_recipe.items() if each}
+    for number, (name, run) in enumerate(first.items(), 1):
+        try:
+            probes[name] = shortcut_probe(run, root)
+        except ZooError as error:
+            said.append(f"No shortcut probe of {one_line(name)}: {one_line(error, 200)}")
+        progress(number, len(first))
+    return probes, said
 
 
 def _output(output: str | Path | None, root: Home, name: str) -> Path:

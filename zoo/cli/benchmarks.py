@@ -104,6 +104,9 @@ def report(
     data: Annotated[str | None, typer.Option("--data", help="All runs on this dataset's present split.")] = None,
     metric: Annotated[str, typer.Option(help="What letters, floors and pairs are about, e.g. auroc.")] = "top1",
     margin: Annotated[float, typer.Option(help="Difference below which two count as equivalent.")] = 0.02,
+    explain: Annotated[
+        bool, typer.Option(help="Run the networks again: where they looked, and the shortcut probe.")
+    ] = True,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file to write.")] = None,
     json: JsonOption = False,
     home: HomeOption = None,
@@ -116,7 +119,15 @@ def report(
     with bars(quiet=json) as shown:
         if data is not None:
             score_missing([], data=data, progress=shown.images("scoring test"))
-        file = write(benchmark, data=data, output=output, metric=metric, margin=margin)
+        file = write(
+            benchmark,
+            data=data,
+            output=output,
+            metric=metric,
+            margin=margin,
+            explain=explain,
+            progress=shown.images("shortcut probe", "recipes"),
+        )
     if json:
         print_json({"report": str(file), "bytes": file.stat().st_size})
         return

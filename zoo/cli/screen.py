@@ -247,8 +247,8 @@ class Bars:
         line = f"{step.number}/{step.total} {step.run}: {step.state}"
         self.console.print(f"{line} {step.detail}".rstrip(), markup=False, soft_wrap=True)
 
-    def images(self, what: str) -> Callable[[int, int], None]:
-        """Return a callback that shows images done and in all."""
+    def images(self, what: str, unit: str = "images") -> Callable[[int, int], None]:
+        """Return a callback that shows images (or other things) done and in all."""
 
         def show(done: int, total: int) -> None:
             if not self.live:
@@ -256,7 +256,7 @@ class Bars:
             task = self.tasks.get(what)
             if task is None:
                 task = self.tasks[what] = self.progress.add_task("", total=total, name=what, facts="")
-            self.progress.update(task, completed=done, total=total, facts=f"{done}/{total} images")
+            self.progress.update(task, completed=done, total=total, facts=f"{done}/{total} {unit}")
 
         return show
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from zoo.data.decode import BadImage, decode, resize
@@ -17,10 +19,13 @@ from zoo.data.layouts import IMAGE_SUFFIXES
 from zoo.data.transforms import center_crop, normalise_tensor
 from zoo.data.window import windowing_of
 from zoo.errors import ZooError, one_line
-from zoo.files import Home, user_path
+from zoo.evaluation.explain import activation_maps, overlay
+from zoo.files import Home, atomic_writer, check_writable, user_path
 from zoo.runs import Preprocessing, Run, RunRecord, find_run
 from zoo.training.precision import PrecisionPlan, choose_device, set_threads
 from zoo.training.scoring import finished_record, load_model
+
+_EXPLAINED = 16  # images at once: gradients need more memory than scores
 
 
 @dataclass(frozen=True)
@@ -32,16 +37,18 @@ class Prediction:
     scores: dict[str, float]
     refer: bool
     error: str | None
+    explanation: str | None = None
 
-    def row(self) -> dict[str, Any]:
-        """Return the prediction as one line of JSON has it."""
-        return {
+    def row(self, explained: bool = False) -> dict[str, Any]:
+        """Return the prediction as one line of JSON has it; `explanation` is in it where one was asked for."""
+        found: dict[str, Any] = {
             "path": self.path,
             "label": self.label,
             "scores": self.scores,
             "refer": self.refer,
             "error": self.error,
         }
+        return {**found, "explanation": self.explanation} if explained else found
 
 
 class Predictor:
@@ -88,25 +95,51 @@ class Predictor:
         found: np.ndarray[Any, np.dtype[np.float64]] = torch.softmax(logits.cpu().double(), 1).numpy()
         return found
 
-    def predict(self, paths: Iterable[str | os.PathLike[str]], batch_size: int = 32) -> list[Prediction]:
+    def explain(self, batch: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return where the network looked for the class it predicts: uint8 (B, size, 2 x size, 3).
+
+        batch: uint8 (B, size, size, 3), as `pixels` gives them; they stand at the left of their maps. Raises ZooError
+        where the network keeps no map of its image.
+        """
+        images = normalise_tensor(torch.from_numpy(batch).to(self.device), self.preprocessing)
+        with torch.no_grad():
+            targets = self.model(images).argmax(dim=1)
+        maps = activation_maps(self.model, images, targets).numpy()
+        looked = np.stack([overlay(image, heat) for image, heat in zip(batch, maps, strict=True)])
+        return np.concatenate([batch, looked], axis=2)
+
+    def predict(
+        self,
+        paths: Iterable[str | os.PathLike[str]],
+        batch_size: int = 32,
+        explain: str | os.PathLike[str] | None = None,
+    ) -> list[Prediction]:
         """Return one prediction for each image file; folders are searched. Bad files are rows with a reason.
 
-        Raises ZooError where a path is not there or a folder holds no image.
+        explain: a folder for one PNG per image that shows where the network looked. Raises ZooError where a path is not
+        there, a folder holds no image, the folder cannot be written, or the network keeps no map of its image.
         """
-        return list(self.stream(find_images(paths), batch_size))
+        return list(self.stream(find_images(paths), batch_size, explain))
 
-    def stream(self, files: Iterable[Path], batch_size: int = 32) -> Iterator[Prediction]:
-        """Yield the predictions of image files in order, a batch at a time."""
-        waiting: list[Path] = []
-        for file in files:
-            waiting.append(file)
+    def stream(
+        self, files: Iterable[Path], batch_size: int = 32, explain: str | os.PathLike[str] | None = None
+    ) -> Iterator[Prediction]:
+        """Yield the predictions of image files in order, a batch at a time; explain as in `predict`."""
+        folder = None
+        if explain is not None:
+            folder = user_path(explain)
+            check_writable(folder)
+        waiting: list[tuple[int, Path]] = []
+        for place in enumerate(files):
+            waiting.append(place)
             if len(waiting) == batch_size:
-                yield from self._batch(waiting)
+                yield from self._batch(waiting, folder)
                 waiting = []
         if waiting:
-            yield from self._batch(waiting)
+            yield from self._batch(waiting, folder)
 
-    def _batch(self, files: list[Path]) -> Iterator[Prediction]:
+    def _batch(self, numbered: list[tuple[int, Path]], folder: Path | None) -> Iterator[Prediction]:
+        files = [file for _, file in numbered]
         images: dict[int, np.ndarray[Any, Any]] = {}
         errors: dict[int, str] = {}
         for place, file in enumerate(files):
@@ -117,13 +150,31 @@ class Predictor:
             except BadImage as error:
                 errors[place] = str(error)
         scores = dict(zip(images, self.scores(np.stack(list(images.values()))), strict=True)) if images else {}
+        shown = self._write_explanations(images, numbered, folder) if folder is not None and images else {}
         for place, file in enumerate(files):
             if place in errors:
                 yield Prediction(str(file), None, {}, True, errors[place])
                 continue
             row = scores[place]
             named = {name: float(value) for name, value in zip(self.classes, row, strict=True)}
-            yield Prediction(str(file), self.classes[int(row.argmax())], named, False, None)
+            yield Prediction(str(file), self.classes[int(row.argmax())], named, False, None, shown.get(place))
+
+    def _write_explanations(
+        self, images: dict[int, np.ndarray[Any, Any]], numbered: list[tuple[int, Path]], folder: Path
+    ) -> dict[int, str]:
+        """Write a picture for each image and return the files; a number before the name keeps two of one name apart."""
+        found: dict[int, str] = {}
+        places = list(images)
+        for start in range(0, len(places), _EXPLAINED):
+            part = places[start : start + _EXPLAINED]
+            for place, picture in zip(part, self.explain(np.stack([images[each] for each in part])), strict=True):
+                number, file = numbered[place]
+                name = re.sub(r"[^A-Za-z0-9._-]+", "_", file.stem)[:60]
+                target = folder / f"{number:05d}-{name}.png"
+                with atomic_writer(target) as stream:
+                    Image.fromarray(picture).save(stream, "PNG")
+                found[place] = str(target)
+        return found
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:

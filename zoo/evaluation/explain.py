@@ -1,0 +1,173 @@
+"""Where a network looked: gradient-weighted activation maps, their picture, and images with a part painted over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from zoo.errors import ZooError
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+_STRENGTH = 0.6  # of the colour where the map is 1
+
+
+def activation_maps(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return for each image where evidence for a class was found: (B, h, w) float32 in [0, 1] on the CPU.
+
+    images: (B, 3, S, S) normalised, on the model's device. targets: (B,) class indices. Networks with a last feature
+    map: Grad-CAM on it (Selvaraju et al. 2017, arXiv 1610.02391). Networks of tokens: gradient times token at the
+    entry of the last block, summed over channels (as HiResCAM, Draelos and Carin 2020, arXiv 2011.08891): what
+    leaves that block reaches the classifier through the class token alone. Each map is scaled to a highest value of 1;
+    one without evidence is all 0. The model is left as it was. Raises ZooError where it has no map of its image.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            values, logits = _caught(model, images)
+            picked = logits.gather(1, targets.to(logits.device).view(-1, 1)).sum()
+            (gradient,) = torch.autograd.grad(picked, values)
+        maps = _weighted(model, values.detach(), gradient)
+    finally:
+        model.train(training)
+    highest = maps.amax(dim=(1, 2), keepdim=True)
+    return torch.where(highest > 0, maps / highest.clamp_min(1e-30), torch.zeros_like(maps)).float().cpu()
+
+
+def _caught(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the values that are explained, as the start of a graph of their own, and the logits computed of them."""
+    network: Any = model
+    if hasattr(network, "forward_features") and hasattr(network, "forward_head"):  # timm's documented halves
+        with torch.no_grad():
+            values = network.forward_features(images)
+        if isinstance(values, torch.Tensor) and values.ndim == 4:
+            values = values.clone().requires_grad_()
+            return values, network.forward_head(values)
+        return _at_entry(model, images)
+    return _at_last_map(model, images)
+
+
+def _at_entry(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Catch what enters the last block of tokens, by timm's `feature_info`."""
+    info = getattr(model, "feature_info", None)
+    try:
+        block = model.get_submodule(str(info[-1]["module"]) if info else "")
+    except (AttributeError, KeyError, IndexError, TypeError):
+        raise _no_map(model) from None
+    if block is model:
+        raise _no_map(model)
+    caught: list[torch.Tensor] = []
+
+    def catch(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        caught.append(inputs[0].detach().clone().requires_grad_())
+        return (caught[0], *inputs[1:])
+
+    return _run(model, images, caught, lambda: block.register_forward_pre_hook(catch))
+
+
+def _at_last_map(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Catch the output of the last module that gives a map with more than one place."""
+    last: list[nn.Module] = []
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
+            last[:] = [module]
+
+    hooks = [module.register_forward_hook(note) for module in model.modules() if module is not model]
+    try:
+        with torch.no_grad():
+            model(images[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not last:
+        raise _no_map(model)
+    caught: list[torch.Tensor] = []
+
+    def catch(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        caught[:] = [output.detach().clone().requires_grad_()]  # of a module that runs twice, the last time
+        return caught[0]
+
+    return _run(model, images, caught, lambda: last[0].register_forward_hook(catch))
+
+
+def _run(
+    model: nn.Module, images: torch.Tensor, caught: list[torch.Tensor], hooked: Callable[[], Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    hook = hooked()
+    try:
+        logits = model(images)
+    finally:
+        hook.remove()
+    if not caught or not logits.requires_grad:
+        raise _no_map(model)
+    return caught[-1], logits
+
+
+def _weighted(model: nn.Module, values: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return maps (B, h, w), 0 where evidence speaks against the class."""
+    if values.ndim == 4:
+        if getattr(model, "output_fmt", "NCHW") == "NHWC":
+            values, gradient = values.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2)
+        weights = gradient.mean(dim=(2, 3), keepdim=True)
+        return (weights * values).sum(dim=1).relu()
+    if values.ndim != 3:
+        raise _no_map(model)
+    skipped = int(getattr(model, "num_prefix_tokens", 0) or 0)
+    tokens = (values * gradient).sum(dim=2)[:, skipped:]
+    height, width = _token_grid(model, tokens.shape[1])
+    return tokens.reshape(-1, height, width).relu()
+
+
+def _token_grid(model: nn.Module, count: int) -> tuple[int, int]:
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is not None and math.prod(grid) == count:
+        return int(grid[0]), int(grid[1])
+    side = math.isqrt(count)
+    if side * side != count or side < 2:
+        raise _no_map(model)
+    return side, side
+
+
+def _no_map(model: nn.Module) -> ZooError:
+    return ZooError(
+        f"{type(model).__name__} keeps no map of its image that a class could be traced back to; explain a network "
+        "with convolutions or with patch tokens"
+    )
+
+
+def overlay(pixels: Pixels, heat: np.ndarray[Any, Any]) -> Pixels:
+    """Return an image with its map laid over: uint8 (H, W, 3); heat: (h, w) in [0, 1], 0 changes nothing."""
+    from matplotlib import colormaps
+
+    height, width = pixels.shape[:2]
+    smooth = cv2.resize(heat.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR).clip(0, 1)
+    colour = colormaps["inferno"](0.25 + 0.75 * smooth)[..., :3] * 255
+    share = (_STRENGTH * smooth)[..., None]
+    return np.asarray((pixels * (1 - share) + colour * share).round(), dtype=np.uint8)
+
+
+def paint_over(pixels: Pixels, part: Literal["centre", "border"]) -> Pixels:
+    """Return an image (S, S, 3) with a half of its area, the central square or all around it, in its mean colour.
+
+    >>> whole = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    >>> [int((paint_over(whole, part) != whole).any(axis=2).sum()) for part in ("centre", "border")]
+    [4, 12]
+    """
+    side = pixels.shape[0]
+    inner = round(side * math.sqrt(0.5) / 2) if side > 4 else 1
+    middle = slice(side // 2 - inner, side - side // 2 + inner)
+    mean = pixels.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
+    painted = pixels.copy()
+    if part == "centre":
+        painted[middle, middle] = mean
+    else:
+        painted[:] = mean
+        painted[middle, middle] = pixels[middle, middle]
+    return painted
