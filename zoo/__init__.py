@@ -32,12 +32,14 @@ _PLACES = {
     "load_dataset": "zoo.data.manifest",
     "load_model": "zoo.training.scoring",
     "load_recipe": "zoo.recipe",
+    "plan": "zoo.benchmark.outlook",
     "plot_confusion_matrices": "zoo.reporting.plots",
     "plot_learning_curves": "zoo.reporting.plots",
     "plot_samples": "zoo.reporting.plots",
     "plot_test_scores": "zoo.reporting.plots",
     "predictions_of": "zoo.training.scoring",
     "register_model": "zoo.models.registry",
+    "report": "zoo.benchmark.reports",
     "resplit_dataset": "zoo.data.resplit",
     "show_dataset": "zoo.reporting.sheets",
     "split_summary": "zoo.data.manifest",
@@ -46,6 +48,8 @@ _PLACES = {
 __all__ = ["__version__", *sorted(_PLACES)]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from zoo.benchmark.outlook import plan as plan
+    from zoo.benchmark.reports import report as report
     from zoo.benchmark.suite import bench as bench
     from zoo.benchmark.suite import compare as compare
     from zoo.data.manifest import load_dataset as load_dataset

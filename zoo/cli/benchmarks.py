@@ -1,4 +1,4 @@
-"""`zoo bench`, `zoo compare` and `zoo report`: many recipes, one test split, one table, one page."""
+"""`zoo plan`, `zoo bench`, `zoo compare` and `zoo report`: many recipes, one test split, one table, one page."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def add_to(parent: typer.Typer) -> None:
     parent.command()(bench)
     parent.command()(compare)
     parent.command()(report)
+    parent.command()(plan)
 
 
 def bench(
@@ -132,3 +133,55 @@ def report(
         print_json({"report": str(file), "bytes": file.stat().st_size})
         return
     console().print(f"report: {file}", markup=False, soft_wrap=True)
+
+
+def plan(
+    data: Annotated[str, typer.Option("--data", help="Name of the dataset.")],
+    recipes: Annotated[str | None, typer.Option(help="Recipes, with commas between them.")] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
+    json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Say before any training what this test split can show, how many seeds that takes, and how long."""
+    from zoo.benchmark.outlook import plan as look_ahead
+    from zoo.benchmark.outlook import sentences
+    from zoo.cli.screen import bars, console, print_json, print_table
+
+    names = [name.strip() for name in recipes.split(",") if name.strip()] if recipes else None
+    with bars(quiet=json) as shown:
+        found = look_ahead(data, names, seeds, progress=shown.images("measuring", "recipes"))
+    if json:
+        print_json(found)
+        return
+    out = console()
+    for sentence in sentences(found):
+        out.print(sentence, markup=False)
+    print_table(
+        ["models disagree on", "told apart from: images as the unit", "groups as the unit"],
+        [
+            [f"{100 * row['disagreement']:.0f} %", _in_points(row["by_images"]), _in_points(row["by_groups"])]
+            for row in found["differences"]
+        ],
+        "smallest difference of top1 shown at 80 % power",
+        numbers=("models disagree on", "told apart from: images as the unit", "groups as the unit"),
+    )
+    rows = [
+        [row["recipe"], _minutes(row["minutes"]), _rate(row.get("train_images_per_s")), row["reason"] or row["device"]]
+        for row in found["recipes"]
+    ]
+    heads = ["recipe", "minutes", "training images/s", "measured on"]
+    title = f"{seeds} seed{'s' if seeds != 1 else ''} of each, measured by a few steps"
+    print_table(heads, rows, title, numbers=heads[1:3], folded=("recipe", "measured on"))
+    out.print(f"in all about {_minutes(found['minutes'])} minutes, one run after the other", markup=False)
+
+
+def _in_points(value: float | None) -> str:
+    return "not at all" if value is None else f"{100 * value:.1f} points"
+
+
+def _minutes(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def _rate(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"

@@ -164,7 +164,7 @@ def make_plan(
     spec = find_model(recipe.model.name)
     leaks_accepted = refuse_leaks(dataset, accept_leaks)
     weights, weights_from, source_run = _weights(recipe, spec, dataset, root, offline)
-    preprocessing = _preprocessing(recipe, spec, source_run, dataset)
+    preprocessing = preprocessing_of(recipe, spec, source_run, dataset)
     make_augment(recipe.policy, recipe.augment.transforms, preprocessing.image_size, seed)
     network = _check_model(recipe, spec, preprocessing, len(dataset.classes))
     _refuse_changed_network(source_run, network, len(dataset.classes))
@@ -233,7 +233,7 @@ def _weights(
     return resolve_weights(spec, str(run.weights_file), root, offline), "run", record
 
 
-def _preprocessing(recipe: Recipe, spec: ModelSpec, source_run: RunRecord | None, dataset: Dataset) -> Preprocessing:
+def preprocessing_of(recipe: Recipe, spec: ModelSpec, source_run: RunRecord | None, dataset: Dataset) -> Preprocessing:
     """Return what the recipe says, else what the run to go on from used, else what network and dataset say."""
     keys = ("image_size", "mean", "std", "interpolation", "crop_pct")
     inherited = source_run.preprocessing if source_run else None
