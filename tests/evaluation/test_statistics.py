@@ -3,11 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtri
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
 from zoo.errors import ZooError
 from zoo.evaluation.predictions import Predictions
 from zoo.evaluation.statistics import (
+    affordable_metrics,
+    metric_intervals,
+    paired_comparisons,
     paired_letters,
     paired_p_values,
     top1_interval,
@@ -202,6 +205,55 @@ def test_identical_recipes_are_not_told_apart():
     same = run(np.arange(50) % 3 > 0)
     assert paired_p_values({"a": [same], "b": [same]}) == {("a", "b"): 1.0}
     assert paired_letters({"a": [same], "b": [same]}) == {"a": "a", "b": "a"}
+
+
+def test_equal_answers_on_few_images_prove_no_equivalence():
+    few, many = np.arange(20) % 3 > 0, np.arange(2000) % 3 > 0
+    (pair,) = paired_comparisons({"a": [run(few)], "b": [run(few)]})
+    assert not pair.different and not pair.equivalent and pair.difference == 0
+    (pair,) = paired_comparisons({"a": [run(many)], "b": [run(many)]})
+    assert pair.equivalent and pair.equivalence_p < 0.001
+
+
+def test_an_interval_of_a_difference_agrees_with_its_p_value():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        hard = rng.normal(size=200)
+        one, two = (run(0.7 * hard + 0.7 * rng.normal(size=200) < ndtri(p)) for p in (0.8, rng.uniform(0.7, 0.9)))
+        (pair,) = paired_comparisons({"a": [one], "b": [two]}, replicates=4000)
+        assert pair.low <= pair.difference <= pair.high
+        if abs(pair.p - 0.05) > 0.02:
+            assert (pair.low > 0 or pair.high < 0) == (pair.p < 0.05)
+
+
+def test_the_interval_of_a_metric_is_that_of_scipys_bca():
+    # Brier's score of one run without groups is a mean, which scipy's BCa knows; ours draws one fewer, with t.
+    rng = np.random.default_rng(0)
+    score = rng.beta(4, 2, 150)
+    logits = np.log(np.stack([score, 1 - score], 1))
+    ids = np.array([f"s{i:05}" for i in range(150)])
+    one = Predictions(ids, np.full(150, ""), np.zeros(150, int), logits)
+    found = metric_intervals({"a": [one]}, ["brier"], replicates=20_000)["brier"]["a"]
+    expected = bootstrap(((1 - score) ** 2,), np.mean, n_resamples=20_000, method="BCa", random_state=1)
+    low, high = expected.confidence_interval
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.02 * (high - low) + 1e-3)
+    assert found.test_se == pytest.approx(expected.standard_error, rel=0.03)
+
+
+def test_seeds_and_test_images_are_told_apart_in_an_interval():
+    rng = np.random.default_rng(0)
+    spread = [run(rng.random(4000) < p) for p in (0.7, 0.8, 0.9)]
+    interval = metric_intervals({"a": spread}, ["top1"])["top1"]["a"]
+    assert interval.seed_se > 5 * interval.test_se and interval.seed_sd == pytest.approx(0.1, abs=0.02)
+    assert interval.seed_se == pytest.approx(interval.seed_sd / np.sqrt(3))
+    steady = run(rng.random(100) < 0.8)
+    interval = metric_intervals({"a": [steady, steady]}, ["top1"])["top1"]["a"]
+    assert interval.seed_se == 0 and interval.test_se == pytest.approx(0.04, rel=0.2)
+
+
+def test_metrics_that_cost_too_much_have_no_interval():
+    assert "auroc" in affordable_metrics(10_000, 10, 60)
+    assert "auroc" not in affordable_metrics(50_000, 1000, 60) and "top1" in affordable_metrics(50_000, 1000, 60)
 
 
 def test_one_group_tells_nothing_apart():

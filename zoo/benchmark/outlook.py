@@ -14,7 +14,6 @@ from zoo.data.manifest import Dataset, load_dataset, split_summary
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.power import (
     MOST_SEEDS,
-    POWER,
     design_effect,
     detectable_difference,
     intraclass_correlation,
@@ -229,6 +228,3 @@ def _between(one: float | None, two: float | None) -> str:
     if round(1000 * one) == round(1000 * two):
         return f"{100 * one:.1f} points"
     return f"{100 * one:.1f} to {100 * two:.1f} points"
-
-
-__all__ = ["POWER", "plan", "sentences"]

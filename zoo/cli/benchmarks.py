@@ -66,6 +66,7 @@ def compare(
     by: Annotated[
         str | None, typer.Option(help="Column to sort by, e.g. test_macro_f1 or train_s; else the metric.")
     ] = None,
+    folds: Annotated[bool, typer.Option("--folds", help="Compare over the folds of the dataset instead.")] = False,
     pairs: Annotated[bool, typer.Option("--pairs", help="Show every pair: difference, interval, p-values.")] = False,
     margin: Annotated[float, typer.Option(help="Difference below which two count as equivalent.")] = 0.02,
     format_: Annotated[
@@ -84,6 +85,9 @@ def compare(
     from zoo.files import write_text
     from zoo.reporting.tables import FORMATS, format_of
 
+    if folds:
+        _compare_folds(data, metric, pairs, json, bool(runs or by or format_ or output))
+        return
     wanted = "json" if json else format_
     write = None if wanted is None else FORMATS[format_of(wanted)]
     files = {path: FORMATS[format_of(path)] for path in output or []}
@@ -98,6 +102,48 @@ def compare(
     print_comparison(comparison, pairs)
     for path in files:
         console().print(f"written: {path}", markup=False, soft_wrap=True)
+
+
+def _compare_folds(data: str | None, metric: str, pairs: bool, json: bool, others: bool) -> None:
+    from zoo.benchmark.folds import compare_folds
+    from zoo.cli.screen import bars, console, print_json, print_table
+    from zoo.errors import ZooError
+    from zoo.reporting.tables import p_value_text
+
+    if data is None or others:
+        raise ZooError("--folds needs --data N, and goes with --metric, --pairs and --json alone")
+    with bars(quiet=json) as shown:
+        found = compare_folds(data, metric=metric, progress=shown.images("scoring test"))
+    if json:
+        print_json(found)
+        return
+    rows = [
+        [row["recipe"], f"{row['mean']:.3f} ±{row['sd']:.3f}", f"{row['ci'][0]:.3f}–{row['ci'][1]:.3f}", row["letters"]]
+        for row in found["rows"]
+    ]
+    heads = ["recipe", f"test {metric}", "95% CI", "ties"]
+    print_table(heads, rows, f"{data}, {len(found['folds'])} folds", numbers=heads[1:], folded=("recipe",))
+    if pairs and found["pairs"]:
+        heads = ["one", "two", "one − two", "95% CI", "p (Holm)"]
+        rows = [
+            [
+                pair["one"],
+                pair["two"],
+                f"{pair['difference']:+.3f}",
+                f"{pair['low']:+.3f} to {pair['high']:+.3f}",
+                p_value_text(pair["p_holm"]),
+            ]
+            for pair in found["pairs"]
+        ]
+        print_table(heads, rows, f"difference of test {metric}", numbers=heads[2:], folded=("one", "two"))
+    for name in found["missing"]:
+        console().print(f"note: {name} was not run on every fold and is left out", markup=False)
+    console().print(
+        "Mean ±sd over folds; each fold the mean over seeds. 95% CI and ties: t-test corrected for the overlap of the "
+        "folds' training sets (Nadeau and Bengio 2003), Holm.",
+        markup=False,
+        style="dim",
+    )
 
 
 def report(

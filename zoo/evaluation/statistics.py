@@ -252,7 +252,8 @@ def paired_comparisons(
     Groups are resampled for all recipes at once, hence paired; seeds for each recipe. A pair's p is the larger of
     two: how often a replicate's difference, centred at 0, is as large as the one seen (few discordant samples),
     and Student's t with the bootstrap's standard error (few groups or seeds). `replicates` grows with the pairs,
-    so that Holm's smallest step stays within reach. Equivalence: two one-sided t-tests against the margin, Holm's too.
+    so that Holm's smallest step stays within reach. Equivalence: two one-sided t-tests against the margin, Holm's too;
+    of top1 with the variance that it would have at the margin.
     A pair in which the metric is undefined has p-values of 1. Raises ZooError where recipes are of different samples.
     """
     pairs = list(combinations(runs_by_recipe, 2))
@@ -263,7 +264,17 @@ def paired_comparisons(
     values = table.values(metric)
     drawn = table.replicates([metric], count, seed)[metric]
     means = {name: _over_seeds(each, seed + place) for place, (name, each) in enumerate(drawn.items())}
-    found = [_difference(table, values[one], values[two], means[one] - means[two], margin) for one, two in pairs]
+    found = [
+        _difference(
+            table,
+            values[one],
+            values[two],
+            means[one] - means[two],
+            margin,
+            _at_margin(table, metric, one, two, margin),
+        )
+        for one, two in pairs
+    ]
     p_holm, equal_holm = holm([each.p for each in found]), holm([each.equivalence_p for each in found])
     exact = [_exact(table, metric, one, two) for one, two in pairs]
     return [
@@ -295,7 +306,34 @@ class _Difference:
     equivalence_p: float
 
 
-def _difference(table: Aligned, one: Array, two: Array, drawn: Array, margin: float) -> _Difference:
+def _at_margin(table: Aligned, metric: str, one: str, two: str, margin: float) -> tuple[float, float] | None:
+    """Return the variance of a sample's difference in top1 as it is seen, and as it would be at the margin.
+
+    Models that differ by the margin disagree on as many images at least; where few are seen to disagree, or none, the
+    variance that is seen would make the test of equivalence too sure (Tango 1998, Statistics in Medicine 17, 891).
+    """
+    if metric != "top1" or margin >= 1:
+        return None
+    y_true = table.samples.y_true
+    right = [np.mean([run.predictions.y_pred == y_true for run in table.runs[name]], axis=0) for name in (one, two)]
+    apart = right[0] - right[1]
+    share = float((apart**2).mean())
+    return share - float(apart.mean()) ** 2, max(share, margin) - margin**2
+
+
+def _error_at_margin(variance: float, units: int, at_margin: tuple[float, float] | None) -> float:
+    """Return the standard error of a difference for the test of equivalence."""
+    if at_margin is None:
+        return math.sqrt(variance)
+    seen, least = at_margin
+    # Groups inflate both alike; without any difference nothing is known of groups but their number.
+    grown = variance * least / seen if seen > NO_VARIANCE and variance > NO_VARIANCE else least / units
+    return math.sqrt(max(variance, grown))
+
+
+def _difference(
+    table: Aligned, one: Array, two: Array, drawn: Array, margin: float, at_margin: tuple[float, float] | None
+) -> _Difference:
     seen = float(one.mean() - two.mean())
     if not math.isfinite(seen):
         return _Difference(math.nan, math.nan, math.nan, 1.0, 1.0)
@@ -308,12 +346,13 @@ def _difference(table: Aligned, one: Array, two: Array, drawn: Array, margin: fl
     as_large = (1 + int((np.abs(spread) >= abs(seen) - 1e-12).sum())) / (1 + len(spread))
     if variance < NO_VARIANCE:
         same = abs(seen) < 1e-12
-        return _Difference(seen, seen, seen, 1.0 if same else as_large, equivalence_p_value(seen, 0.0, margin, 1.0))
+        equal = equivalence_p_value(seen, _error_at_margin(0.0, units, at_margin), margin, units - 1)
+        return _Difference(seen, seen, seen, 1.0 if same else as_large, equal)
     degrees = degrees_of_freedom(variance, units, [_seed_part(one), _seed_part(two)])
     error, t = math.sqrt(variance), t_quantile(0.975, degrees)
     low, high = _basic(0.0, spread, 1.959964)
     p_value = max(as_large, 2 * _t_tail(-abs(seen) / error, degrees))
-    equal = equivalence_p_value(seen, error, margin, degrees)
+    equal = equivalence_p_value(seen, _error_at_margin(variance, units, at_margin), margin, degrees)
     return _Difference(seen, seen + min(low, -t * error), seen + max(high, t * error), p_value, equal)
 
 

@@ -210,9 +210,14 @@ class _Compared:
     letters: dict[str, str]
 
 
-def _compared(predictions: dict[str, list[Predictions]], metric: str, margin: float, negative: int | None) -> _Compared:
+def check_metric(metric: str) -> None:
+    """Raise ZooError, with the nearest name, for what is no metric of a table."""
     if metric not in SCORES:
         raise ZooError(f"metric must be one of {', '.join(SCORES)}. Got {one_line(metric)!r}{nearest(metric, SCORES)}")
+
+
+def _compared(predictions: dict[str, list[Predictions]], metric: str, margin: float, negative: int | None) -> _Compared:
+    check_metric(metric)
     if not 0 < margin < math.inf:
         raise ZooError(f"a margin of equivalence must be above 0, e.g. 0.02 for two points. Got {margin}")
     # The order of the names decides what is drawn for whom, not the order in which runs were given.

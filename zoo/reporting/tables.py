@@ -129,10 +129,10 @@ def pair_cells(pair: dict[str, Any]) -> dict[str, str]:
         "two": pair["two"],
         "one − two": f"{pair['difference']:+.3f}" if known else "–",
         "95% CI": f"{pair['low']:+.3f} to {pair['high']:+.3f}" if known else "–",
-        "p": _p_value(pair["p"]),
-        "p (Holm)": _p_value(pair["p_holm"]),
+        "p": p_value_text(pair["p"]),
+        "p (Holm)": p_value_text(pair["p_holm"]),
         "verdict": _verdict(pair),
-        "McNemar" if pair["metric"] == "top1" else "DeLong": ", ".join(map(_p_value, exact)) or "–",
+        "McNemar" if pair["metric"] == "top1" else "DeLong": ", ".join(map(p_value_text, exact)) or "–",
     }
 
 
@@ -142,7 +142,12 @@ def _verdict(pair: dict[str, Any]) -> str:
     return "equivalent" if pair["equivalent"] else "not told apart"
 
 
-def _p_value(value: float) -> str:
+def p_value_text(value: float) -> str:
+    """Return a p-value as tables have it.
+
+    >>> p_value_text(0.0002), p_value_text(0.034), p_value_text(1.0)
+    ('<.001', '.034', '1')
+    """
     return "<.001" if value < 0.001 else f"{value:.3f}".lstrip("0") if value < 1 else "1"
 
 
