@@ -284,6 +284,74 @@ def test_data_is_imported_and_split(zoo, root, image_folder):
     assert "all images" in zoo("data", "split", "mine").out
 
 
+def test_predict_explains_where_it_was_asked(zoo, trained, tmp_path):
+    run = next(run.name for run in list_runs(trained))
+    folder = load_dataset("tiny", trained).root
+    shown = zoo("predict", run, str(folder), "--explain", str(tmp_path / "maps"), "--json")
+    rows = [json.loads(line) for line in shown.out.splitlines()]
+    assert rows and all(Path(row["explanation"]).is_file() for row in rows)
+    shown = zoo("predict", run, str(folder), "--explain", str(tmp_path / "maps"))
+    assert "where the network looked:" in shown.out
+    (tmp_path / "file").write_text("")
+    shown = zoo("predict", run, str(folder), "--explain", str(tmp_path / "file"))
+    assert shown.code == 1
+
+
+def test_compare_shows_pairs_and_writes_files(zoo, trained, tmp_path):
+    files = [tmp_path / f"t{ending}" for ending in (".md", ".csv", ".json", ".tex")]
+    options = [each for file in files for each in ("-o", str(file))]
+    shown = zoo("compare", "--data", "tiny", "--pairs", "--metric", "macro_f1", "--margin", "0.5", *options)
+    assert shown.code == 0, shown.out
+    assert "test macro F1" in shown.out and "one − two" in shown.out and "verdict" in shown.out
+    assert all(file.stat().st_size > 200 for file in files) and f"written: {files[0]}" in shown.out
+    document = json.loads(files[2].read_text())
+    assert document["metric"] == "macro_f1" and len(document["pairs"]) == 1 and document["pairs"][0]["margin"] == 0.5
+    for name in ("markdown", "csv", "latex", "json"):
+        shown = zoo("compare", "--data", "tiny", "--format", name)
+        starts = {"markdown": "# tiny", "csv": "recipe,", "latex": "% needs", "json": "{"}
+        assert shown.code == 0 and shown.out.startswith(starts[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--metric", "f1"], "metric must be one of top1"),
+        (["--by", "speed"], "a table can be sorted by one of"),
+        (["--margin", "0"], "a margin of equivalence must be above 0"),
+        (["--format", "pdf"], "a format must be one of markdown, csv, json, latex"),
+        (["-o", "table.xlsx"], "a comparison is written to a file that ends in"),
+        (["-o", "/proc/nothing/t.md"], "cannot write"),
+        (["--folds", "--by", "x"], "--folds needs --data N"),
+        (["--folds"], "has 0 of any folds"),
+    ],
+)
+def test_compare_says_what_it_cannot_do(zoo, trained, options, said):
+    shown = zoo("compare", "--data", "tiny", *options)
+    assert shown.code == 1 and said in shown.err and len(shown.err.strip().splitlines()) == 1
+
+
+def test_report_and_plan_from_the_command_line(zoo, trained, tmp_path):
+    file = tmp_path / "r.html"
+    shown = zoo("report", "--data", "tiny", "-o", str(file), "--json")
+    assert json.loads(shown.out) == {"report": str(file), "bytes": file.stat().st_size}
+    assert "Shortcut probe" in file.read_text() and "where tiny" in file.read_text()
+    shown = zoo("report", "--data", "tiny", "-o", str(file), "--no-explain")
+    assert "Shortcut probe" not in file.read_text() and f"report: {file}" in shown.out
+    shown = zoo("plan", "--data", "tiny", "--recipes", "tiny,tiny-lp", "--seeds", "2")
+    assert "80 % power" in shown.out and "in all about" in shown.out
+    answer = json.loads(zoo("plan", "--data", "tiny", "--recipes", "tiny", "--json").out)
+    assert {"images", "differences", "seeds", "recipes", "minutes"} <= set(answer)
+    wrong = (
+        ["report"],
+        ["report", "nothing"],
+        ["plan", "--data", "none"],
+        ["plan", "--data", "tiny", "--recipes", "x"],
+    )
+    for arguments in wrong:
+        shown = zoo(*arguments)
+        assert shown.code == 1 and shown.err.startswith("error: "), arguments
+
+
 def test_predict_prints_one_object_a_line(zoo, trained, tmp_path):
     run = list_runs(trained)[0]
     folder = load_dataset("tiny", trained).root

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from zoo.data.cache import open_pixels
 from zoo.data.decode import BadImage
@@ -92,3 +93,39 @@ def test_what_cannot_predict_is_said(trained, run):
     run.write_record(run.record.model_copy(update={"status": "failed", "reason": "no luck"}))
     with pytest.raises(ZooError, match="did not finish: no luck"):
         Predictor.load(run)
+
+
+HOSTILE_STEMS = ["plain", "a b", "..hidden", "$(x)", "肺", "n" * 200, "x;rm -rf"]
+
+
+def test_where_it_looked_is_written_beside_no_one_else_s_picture(trained, run, tmp_path):
+    good = next(load_dataset("tiny", trained).root.rglob("*.png")).read_bytes()
+    files = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for stem in HOSTILE_STEMS:
+            files.append(tmp_path / folder / f"{stem}.png")
+            files[-1].write_bytes(good)
+    files.insert(3, tmp_path / "bad.png")
+    files[3].write_bytes(b"no picture")
+    found = Predictor.load(run, trained, device="cpu").predict(files, batch_size=4, explain=tmp_path / "maps")
+    assert found[3].explanation is None and found[3].row(explained=True)["explanation"] is None
+    written = [each.explanation for each in found if each.explanation]
+    assert len(set(written)) == len(written) == 2 * len(HOSTILE_STEMS)
+    assert sorted(written) == sorted(str(each) for each in (tmp_path / "maps").iterdir())
+    side = run.record.preprocessing.image_size
+    pictures = [np.asarray(Image.open(each)) for each in written]
+    assert all(picture.shape == (side, 2 * side, 3) for picture in pictures)
+    seen = Predictor.load(run, trained, device="cpu").pixels(good)
+    assert all(np.array_equal(picture[:, :side], seen) for picture in pictures)
+    assert (pictures[0][:, side:] != seen).any()
+    assert "explanation" not in found[0].row()
+
+
+def test_a_folder_that_cannot_take_pictures_is_said_before_any_work(trained, run, tmp_path, full_disk):
+    file = next(load_dataset("tiny", trained).root.rglob("*.png"))
+    predictor = Predictor.load(run, trained)
+    (tmp_path / "file").write_text("")
+    for folder, said in ((tmp_path / "file", "cannot write"), (full_disk, "No space left")):
+        with pytest.raises(ZooError, match=said):
+            predictor.predict([file], explain=folder)

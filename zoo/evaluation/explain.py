@@ -156,13 +156,13 @@ def overlay(pixels: Pixels, heat: np.ndarray[Any, Any]) -> Pixels:
 def paint_over(pixels: Pixels, part: Literal["centre", "border"]) -> Pixels:
     """Return an image (S, S, 3) with a half of its area, the central square or all around it, in its mean colour.
 
-    >>> whole = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    >>> whole = np.arange(300, dtype=np.uint16).reshape(10, 10, 3).astype(np.uint8)
     >>> [int((paint_over(whole, part) != whole).any(axis=2).sum()) for part in ("centre", "border")]
-    [4, 12]
+    [49, 51]
     """
     side = pixels.shape[0]
-    inner = round(side * math.sqrt(0.5) / 2) if side > 4 else 1
-    middle = slice(side // 2 - inner, side - side // 2 + inner)
+    width = max(1, round(side * math.sqrt(0.5)))
+    middle = slice((side - width) // 2, (side - width) // 2 + width)
     mean = pixels.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
     painted = pixels.copy()
     if part == "centre":
