@@ -471,6 +471,9 @@ def _complementary(missed: Mapping[str, np.ndarray]) -> list[str]:
 def _image_blocks(scored: _Scored, material: Material, all_missed: np.ndarray) -> list[dict[str, Any]]:
     """Return cards of images that every recipe misses with confidence, and of the hardest of the others."""
     runs = [run for _, each in _sorted(scored) for run in each]
+    looked = (
+        "" if material.explain is None else f" Right: where {scored.best} looked for what it says, as finely as it can."
+    )
     score = np.mean([run.y_score for run in runs], axis=0)
     y_true, ids = runs[0].y_true, runs[0].sample_ids
     of_true = score[np.arange(len(y_true)), y_true]
@@ -479,8 +482,8 @@ def _image_blocks(scored: _Scored, material: Material, all_missed: np.ndarray) -
     hardest = [i for i in order if i not in set(suspects[:_SHOWN_IMAGES])]
     blocks = []
     for name, text, chosen in (
-        ("Suspects of a wrong label", "Missed by every recipe, which agree on another class:", suspects),
-        ("Hardest images", "Least score of the true class, the mean over all runs:", hardest),
+        ("Suspects of a wrong label", "Missed by every recipe, which agree on another class.", suspects),
+        ("Hardest images", "Least score of the true class, the mean over all runs.", hardest),
     ):
         shown = chosen[:_SHOWN_IMAGES]
         if not shown:
@@ -491,7 +494,7 @@ def _image_blocks(scored: _Scored, material: Material, all_missed: np.ndarray) -
             if name.startswith("Suspects") and len(chosen) > len(shown)
             else ""
         )
-        blocks.append({"kind": "cards", "title": name, "text": text + more, "cards": cards})
+        blocks.append({"kind": "cards", "title": name, "text": text + more + looked, "cards": cards})
     return blocks
 
 
