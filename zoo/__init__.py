@@ -18,7 +18,7 @@ _PLACES = {
     "ZooError": "zoo.errors",
     "audit_dataset": "zoo.reporting.audit",
     "bench": "zoo.benchmark.suite",
-    "compare": "zoo.benchmark.suite",
+    "compare": "zoo.benchmark.comparisons",
     "create_model": "zoo.models.registry",
     "evaluate": "zoo.training.scoring",
     "fold_dataset": "zoo.data.resplit",
@@ -48,10 +48,10 @@ _PLACES = {
 __all__ = ["__version__", *sorted(_PLACES)]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from zoo.benchmark.comparisons import compare as compare
     from zoo.benchmark.outlook import plan as plan
     from zoo.benchmark.reports import report as report
     from zoo.benchmark.suite import bench as bench
-    from zoo.benchmark.suite import compare as compare
     from zoo.data.manifest import load_dataset as load_dataset
     from zoo.data.manifest import split_summary as split_summary
     from zoo.data.resplit import fold_dataset as fold_dataset

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from zoo.benchmark.comparisons import score_missing
 from zoo.benchmark.outlook import plan, sentences
-from zoo.benchmark.suite import score_missing
 from zoo.data import cache
 from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError

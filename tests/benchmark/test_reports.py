@@ -5,8 +5,8 @@ import shutil
 import pytest
 from drawn_runs import make_run, record
 
+from zoo.benchmark.comparisons import score_missing
 from zoo.benchmark.reports import report
-from zoo.benchmark.suite import score_missing
 from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError
 from zoo.files import write_json

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from zoo.benchmark.suite import bench, compare, comparison_of, list_benchmarks, load_benchmark, score_missing
+from zoo.benchmark.comparisons import compare, comparison_of, score_missing
+from zoo.benchmark.definition import list_benchmarks, load_benchmark
+from zoo.benchmark.suite import bench
 from zoo.data.manifest import load_dataset
 from zoo.data.resplit import resplit_dataset
 from zoo.errors import Interrupted, ZooError

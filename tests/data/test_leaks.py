@@ -44,7 +44,8 @@ def test_planted_copies_are_found_and_refused(root, source):
 
 
 def test_train_and_bench_refuse_a_leaking_test_split_and_go_on_where_it_is_accepted(tiny, source, make_recipe):
-    from zoo.benchmark.suite import bench, comparison_of
+    from zoo.benchmark.comparisons import comparison_of
+    from zoo.benchmark.suite import bench
     from zoo.reporting.tables import title
     from zoo.training.loop import train
 
@@ -65,7 +66,7 @@ def test_train_and_bench_refuse_a_leaking_test_split_and_go_on_where_it_is_accep
 
 
 def test_a_run_on_an_honest_split_says_nothing_of_leaks(trained):
-    from zoo.benchmark.suite import comparison_of
+    from zoo.benchmark.comparisons import comparison_of
 
     comparison = comparison_of(data="tiny", root=trained)
     assert comparison.leaks_accepted is False

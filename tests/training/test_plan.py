@@ -7,8 +7,8 @@ import pytest
 from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError
 from zoo.files import Home, write_json
-from zoo.runs import Run, list_runs
-from zoo.training.plan import failed_record, finished_run, make_plan, runs_of
+from zoo.runs import Run, list_runs, runs_on_split
+from zoo.training.plan import failed_record, finished_run, make_plan
 
 
 def test_a_plan_decides_all_and_writes_nothing(tiny, make_recipe):
@@ -113,7 +113,7 @@ def test_failed_runs_are_listed_until_one_is_finished(trained):
         run.path.mkdir()
         run.write_record(failed)
     assert len(list_runs(trained)) == 5
-    found = runs_of(dataset, trained)
+    found = runs_on_split(dataset.name, dataset.split_digest, trained)
     assert sorted((run.record.recipe, run.record.seed) for run in found) == [
         ("tiny", 0),
         ("tiny", 1),
@@ -124,7 +124,7 @@ def test_failed_runs_are_listed_until_one_is_finished(trained):
     with pytest.raises(ZooError, match="is damaged at 'run': Field required; train the run again"):
         _ = found[0].record
     assert not found[0].finished
-    assert found[0] not in runs_of(dataset, trained)
+    assert found[0] not in runs_on_split(dataset.name, dataset.split_digest, trained)
 
 
 def test_a_changed_own_network_is_another_run_and_old_weights_do_not_enter_it(tiny, make_recipe):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
-from zoo.benchmark.suite import score_missing
+from zoo.benchmark.comparisons import score_missing
 from zoo.data.manifest import Dataset, load_dataset, split_summary
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.exact_tests import corrected_resampled_t, holm
@@ -16,7 +16,7 @@ from zoo.evaluation.letters import compact_letters
 from zoo.evaluation.metrics import METRIC_SIGN
 from zoo.files import Home, home
 from zoo.reporting.comparison import check_metric
-from zoo.training.plan import runs_of
+from zoo.runs import runs_on_split
 
 
 def compare_folds(
@@ -42,7 +42,7 @@ def compare_folds(
     models: dict[tuple[str, str], str] = {}
     for number, dataset in enumerate(folds):
         score_missing([], data=dataset.name, root=root, progress=progress)
-        for run in runs_of(dataset, root):
+        for run in runs_on_split(dataset.name, dataset.split_digest, root):
             if not run.finished or not run.metrics_file("test").is_file():
                 continue
             value = run.metrics("test").get(metric)

@@ -24,8 +24,8 @@ from zoo.evaluation.proportions import score_interval, t_quantile
 from zoo.evaluation.resampling import Aligned
 from zoo.files import Home, home
 from zoo.recipe import load_recipe
+from zoo.runs import runs_on_split
 from zoo.training.estimate import estimate
-from zoo.training.plan import runs_of
 
 DISAGREEMENTS = (0.05, 0.1, 0.2, 0.3)
 TYPICAL_SEED_SD = 0.015  # of top1 after fine-tuning, where no seeds are known; an assumption
@@ -117,7 +117,7 @@ def _differences(n: int, sizes: list[int]) -> list[dict[str, float | None]]:
 def _measured(dataset: Dataset, root: Home) -> dict[str, Any] | None:
     """Return what scored runs on this split say of disagreement, likeness within groups and spread of seeds."""
     runs: dict[str, list[Any]] = {}
-    for run in runs_of(dataset, root):
+    for run in runs_on_split(dataset.name, dataset.split_digest, root):
         if run.finished and run.predictions_file("test").is_file():
             key = f"{run.record.recipe}@{run.record.recipe_digest[:6]}"
             runs.setdefault(key, []).append(read_predictions(run.predictions_file("test")))

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.benchmark.suite import comparison_of, load_benchmark
+from zoo.benchmark.comparisons import comparison_of
+from zoo.benchmark.definition import load_benchmark
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.statistics import MARGIN

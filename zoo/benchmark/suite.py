@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
+from zoo.benchmark.definition import Benchmark, load_benchmark
 from zoo.benchmark.results import dataset_floors, write_results
 from zoo.data.leaks import refuse_leaks
 from zoo.data.manifest import Dataset, load_dataset, split_summary
-from zoo.errors import Interrupted, ZooError, nearest, one_line
+from zoo.errors import Interrupted, ZooError
 from zoo.evaluation.ledger import looks_at_test
-from zoo.evaluation.statistics import MARGIN
-from zoo.files import Home, check_name, check_writable, find_toml, home, list_toml, read_toml
+from zoo.files import Home, check_name, check_writable, home
 from zoo.recipe import load_recipe
-from zoo.reporting.comparison import Comparison, make_comparison, refuse_different
-from zoo.runs import Run, RunRecord, find_run
+from zoo.reporting.comparison import Comparison, make_comparison
+from zoo.runs import Run, RunRecord
 from zoo.training.loop import OnTick, train_plan
-from zoo.training.plan import Plan, failed_record, make_plan, runs_of
+from zoo.training.plan import Plan, failed_record, make_plan
 from zoo.training.scoring import evaluate
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-
-class Benchmark(BaseModel):
-    """`benchmarks/<name>.toml`: dataset, recipes, seeds, and keys set in every recipe alike."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    name: str = Field(exclude=True)
-    summary: str = ""
-    dataset: Annotated[str, Field(min_length=1)]
-    recipes: Annotated[list[str], Field(min_length=1)]
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)] = [0, 1, 2]
-    overrides: dict[str, Any] = {}
+    pass
 
 
 @dataclass(frozen=True)
@@ -61,33 +46,6 @@ class BenchResult:
 
 
 OnStep = Callable[[Step], None]
-
-
-def list_benchmarks(root: Home | None = None) -> dict[str, Path]:
-    """Return name to file of every benchmark, the user's own before built-in ones of the same name."""
-    return list_toml("benchmarks", (root or home()).benchmarks)
-
-
-def load_benchmark(name: str, root: Home | None = None) -> Benchmark:
-    """Return the benchmark of a name or of a .toml file; raises ZooError that names every fault at once."""
-    path = find_toml(name, "benchmarks", (root or home()).benchmarks)
-    table = read_toml(path)
-    table.pop("schema_version", None)
-    if isinstance(table.get("seeds"), int) and not isinstance(table["seeds"], bool):
-        table["seeds"] = list(range(table["seeds"]))
-    try:
-        return Benchmark.model_validate({**table, "name": check_name(path.stem, "benchmark")})
-    except ValidationError as error:
-        keys = list(Benchmark.model_fields)
-        faults = []
-        for each in error.errors():
-            key = ".".join(str(part) for part in each["loc"])
-            if each["type"] == "extra_forbidden":
-                faults.append(f"unknown key {one_line(key)!r}{nearest(key, keys)}")
-            else:
-                said = each["msg"].replace("Input should", "must")
-                faults.append(f"{key}: {said}. Got {one_line(repr(each['input']), 60)}")
-        raise ZooError(f"benchmark {path.stem!r} has {len(faults)} faults: " + "; ".join(faults)) from error
 
 
 def bench(
@@ -223,79 +181,3 @@ def _run_one(
         return step.record("failed", str(error))
     tell(Step(number, total, run.name, state, f"test top1 {metrics['top1']:.3f}"))
     return run
-
-
-def compare(
-    runs: Iterable[Run | str] | None = None,
-    *,
-    data: str | None = None,
-    root: Home | None = None,
-    metric: str = "top1",
-    margin: float = MARGIN,
-) -> pd.DataFrame:
-    """Return the comparison of runs as a tidy pandas DataFrame, one row per recipe, with letters of the metric.
-
-    runs: the runs, or their names; left out, all on the present split of `data`. margin: of equivalence. Floors and
-    pairs stand in the frame's `attrs`. Raises ZooError where the runs are of different datasets, splits or classes.
-    """
-    return comparison_of(runs, data=data, root=root, metric=metric, margin=margin).frame()
-
-
-def comparison_of(
-    runs: Iterable[Run | RunRecord | str] | None = None,
-    *,
-    data: str | None = None,
-    root: Home | None = None,
-    by: str | None = None,
-    metric: str = "top1",
-    margin: float = MARGIN,
-) -> Comparison:
-    """Return the comparison of runs, or of all runs on a dataset's present split, with its floors.
-
-    by, metric, margin: as `make_comparison` takes them.
-    """
-    root = root or home()
-    found = [find_run(run, root) if isinstance(run, str) else run for run in runs or []]
-    if not found and data is None:
-        raise ZooError("nothing to compare; name runs of `zoo list runs`, or a dataset with --data")
-    dataset = load_dataset(data, root, make_builtin=False) if data else _dataset_of(found[0], root)
-    if not found:
-        assert dataset is not None
-        found = list(runs_of(dataset, root))
-        if not found:
-            raise ZooError(f"there is no run on the present split of {data!r}; train one with `zoo train`")
-    records = [run.record if isinstance(run, Run) else run for run in found]
-    digest = records[0].split_digest
-    known: dict[str, Any] = {"by": by, "metric": metric, "margin": margin, "looks": looks_at_test(root, digest)}
-    if dataset is None or dataset.split_digest != digest:
-        return make_comparison(found, **known)
-    images = {split: facts["images"] for split, facts in split_summary(dataset)["splits"].items()}
-    # Runs that left bad images out are compared with floors that do.
-    policy = "skip" if any(record.bad_images == "skip" for record in records) else None
-    refuse_different(records)
-    return make_comparison(found, floors=dataset_floors(dataset, policy), images=images, **known)
-
-
-def _dataset_of(run: Run | RunRecord, root: Home) -> Dataset | None:
-    record = run.record if isinstance(run, Run) else run
-    try:
-        return load_dataset(record.dataset, root, make_builtin=False)
-    except ZooError:
-        return None  # the runs are all that is left; they are compared without floors
-
-
-def score_missing(
-    runs: Iterable[Run | str],
-    *,
-    data: str | None = None,
-    root: Home | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Score on test those finished runs that are not scored yet; all on a dataset's split where none is named."""
-    root = root or home()
-    found = [find_run(run, root) if isinstance(run, str) else run for run in runs]
-    if not found and data is not None:
-        found = runs_of(load_dataset(data, root, make_builtin=False), root)
-    for run in found:
-        if run.finished and not run.metrics_file("test").is_file():
-            evaluate(run, "test", root, progress=progress)

@@ -80,7 +80,7 @@ def compare(
     home: HomeOption = None,
 ) -> None:
     """Compare finished runs on the same test split; those not scored on it yet are scored first."""
-    from zoo.benchmark.suite import comparison_of, score_missing
+    from zoo.benchmark.comparisons import comparison_of, score_missing
     from zoo.cli.screen import bars, console, print_comparison
     from zoo.files import write_text
     from zoo.reporting.tables import FORMATS, format_of
@@ -159,8 +159,8 @@ def report(
     home: HomeOption = None,
 ) -> None:
     """Write one self-contained HTML page: what the comparison says, and everything it rests on."""
+    from zoo.benchmark.comparisons import score_missing
     from zoo.benchmark.reports import report as write
-    from zoo.benchmark.suite import score_missing
     from zoo.cli.screen import bars, console, print_json
 
     with bars(quiet=json) as shown:

@@ -113,7 +113,7 @@ def _datasets() -> list[dict[str, Any]]:
 
 
 def _benchmarks() -> list[dict[str, Any]]:
-    from zoo.benchmark.suite import list_benchmarks, load_benchmark
+    from zoo.benchmark.definition import list_benchmarks, load_benchmark
     from zoo.errors import ZooError
 
     rows = []
@@ -170,7 +170,7 @@ def show(
 
 def _find(name: str) -> dict[str, Any]:
     """Return what a name stands for; a recipe comes before a model of the same name."""
-    from zoo.benchmark.suite import list_benchmarks, load_benchmark
+    from zoo.benchmark.definition import list_benchmarks, load_benchmark
     from zoo.data.canonical import canonical_names, canonical_record
     from zoo.data.manifest import list_datasets, load_dataset, split_summary
     from zoo.errors import ZooError, nearest, one_line

@@ -24,7 +24,7 @@ from zoo.models.registry import (
 )
 from zoo.models.weights import WeightsFile, resolve_weights
 from zoo.recipe import Recipe, load_recipe
-from zoo.runs import Preprocessing, Run, RunRecord, find_run, list_runs, run_name
+from zoo.runs import Preprocessing, Run, RunRecord, find_run, run_name
 
 
 @dataclass(frozen=True)
@@ -300,17 +300,3 @@ def failed_record(recipe: Recipe | str, dataset: Dataset, seed: int, reason: str
 def finished_run(plan: Plan) -> Run | None:
     """Return the plan's run where it is finished already."""
     return plan.run if plan.run.finished and plan.run.weights_file.is_file() else None
-
-
-def _on_split(run: Run, dataset: Dataset) -> bool:
-    try:
-        return run.record.split_digest == dataset.split_digest
-    except ZooError:
-        return False  # a damaged record belongs to no split; `zoo list runs` names it
-
-
-def runs_of(dataset: Dataset, root: Home) -> list[Run]:
-    """Return the recorded runs on a dataset's present split, failed ones only where none finished since."""
-    runs = [run for run in list_runs(root, dataset.name) if _on_split(run, dataset)]
-    done = {(run.record.recipe, run.record.seed) for run in runs if run.record.status == "finished"}
-    return [run for run in runs if run.record.status == "finished" or (run.record.recipe, run.record.seed) not in done]

@@ -1,0 +1,19 @@
+import os
+import subprocess
+import sys
+
+
+def test_what_is_scored_is_compared_without_torch(trained):
+    """The table is a function of run folders: it must come out where no network could be loaded."""
+    code = (
+        "import sys\n"
+        "from zoo.benchmark.comparisons import comparison_of, score_missing\n"
+        "from zoo.benchmark.reports import report\n"
+        "score_missing([], data='tiny')\n"
+        "assert len(comparison_of(data='tiny', metric='auroc').rows) == 2\n"
+        "report(data='tiny', explain=False)\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    environment = {**os.environ, "ZOO_HOME": str(trained.root)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
