@@ -360,12 +360,12 @@ def _decision_part(scored: _Scored) -> dict[str, Any] | None:
         for method in ("lac", "aps"):
             found = report["conformal"][method]
             low, high = found["coverage_ci"]
-            worst = min(each["coverage"] for each in found["per_class"].values() if each["coverage"] is not None)
             size = f"{found['mean_set_size']:.2f}"
             share = f"{found['coverage']:.3f} [{low:.3f}, {high:.3f}]"
-            sets.append([name, method.upper(), share, f"{worst:.3f}", size, str(found["empty_sets"])])
+            classes = _class_coverage(found["per_class"])
+            sets.append([name, method.upper(), share, size, str(found["empty_sets"]), *classes.values()])
         refer.append([name, *_refer_cells(report["refer"])])
-    heads = ["recipe", "sets", "coverage", "of the worst class", "mean size", "empty"]
+    heads = ["recipe", "sets", "coverage", "mean size", "empty", *(f"of {one_line(each, 24)}" for each in classes)]
     asked = next(iter(scored.calibration.values()))
     said = (
         f"Split-conformal sets that should hold the true class in {_percent(asked['conformal']['coverage_asked'])} of "
@@ -383,6 +383,14 @@ def _decision_part(scored: _Scored) -> dict[str, Any] | None:
         _figure(drawn, "error among the answered by share answered"),
         *_operating(scored),
     )
+
+
+def _class_coverage(per_class: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the coverage of each class, or, of more than six, of the one with the lowest."""
+    known = {name: each["coverage"] for name, each in per_class.items() if each["coverage"] is not None}
+    if len(per_class) > 6:
+        return {"the worst class": f"{min(known.values()):.3f}"}
+    return {name: f"{known[name]:.3f}" if name in known else "–" for name in per_class}
 
 
 def _refer_cells(report: Mapping[str, Any]) -> list[str]:
