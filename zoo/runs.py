@@ -198,16 +198,17 @@ def list_runs(root: Home | None = None, dataset: str | None = None) -> list[Run]
 
 def runs_on_split(dataset: str, split_digest: str, root: Home) -> list[Run]:
     """Return a dataset's recorded runs on one split, failed ones only where none finished since."""
-    runs = [run for run in list_runs(root, dataset) if _on_split(run, split_digest)]
+    runs = [run for run in list_runs(root, dataset) if on_split(run, split_digest)]
     done = {(run.record.recipe, run.record.seed) for run in runs if run.record.status == "finished"}
     return [run for run in runs if run.record.status == "finished" or (run.record.recipe, run.record.seed) not in done]
 
 
-def _on_split(run: Run, split_digest: str) -> bool:
+def on_split(run: Run, split_digest: str) -> bool:
+    """Return whether a run was trained on this split; a run with a damaged record was on none."""
     try:
         return run.record.split_digest == split_digest
     except ZooError:
-        return False  # a damaged record belongs to no split; `zoo list runs` names it
+        return False  # `zoo list runs` names it
 
 
 @contextmanager

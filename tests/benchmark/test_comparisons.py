@@ -2,6 +2,16 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from zoo.data.manifest import load_dataset
+from zoo.errors import ZooError
+
+
+def test_a_built_in_dataset_that_is_not_made_is_said_to_be_so(root):
+    with pytest.raises(ZooError, match="dataset 'digits' is not made yet; make it with `zoo data import digits`"):
+        load_dataset("digits", root, make_builtin=False)
+
 
 def test_what_is_scored_is_compared_without_torch(trained):
     """The table is a function of run folders: it must come out where no network could be loaded."""

@@ -200,7 +200,7 @@ def test_missing_files_and_unknown_names_say_what_to_do(tmp_path):
         load_dataset("tini", home)
     with pytest.raises(ZooError, match="dataset name must be"):
         load_dataset("../tiny", home)
-    with pytest.raises(ZooError, match="there is no dataset 'digits'"):
+    with pytest.raises(ZooError, match="dataset 'digits' is not made yet"):
         load_dataset("digits", home, make_builtin=False)
     (home.data / "tiny" / "manifest.csv").unlink()
     with pytest.raises(ZooError, match=r"cannot read .*manifest.csv.*; import the dataset again"):

@@ -5,7 +5,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-from drawn_runs import record
+from drawn_runs import make_run, record
 
 from zoo.errors import ZooError
 from zoo.evaluation.ledger import looks_at_test, record_look
@@ -38,6 +38,15 @@ def test_scoring_test_is_a_look_and_nothing_else_is(trained):
     run.predictions_file("test").unlink()
     evaluate(run, "test", trained)
     assert looks_at_test(trained, digest)["scorings"] == before + 1
+
+
+def test_scored_runs_from_before_the_ledger_count_too(root):
+    make_run(root, "a"), make_run(root, "b", splits=("val",)), make_run(root, "c", split_digest="cd" * 32)
+    assert looks_at_test(root, "ab" * 32) == {"scorings": 1, "recipes": 1, "first": None, "last": None}
+    record_look(root, record("a", run="tiny--a--s0--0"))
+    assert looks_at_test(root, "ab" * 32)["scorings"] == 1
+    record_look(root, record("a", run="tiny--a--s0--0"))
+    assert looks_at_test(root, "ab" * 32)["scorings"] == 2
 
 
 def test_a_line_that_was_cut_off_takes_no_other_with_it(root):

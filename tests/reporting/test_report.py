@@ -11,12 +11,14 @@ from drawn_runs import FLOORS, make_run, record
 from PIL import Image
 
 from zoo.evaluation.calibration import calibration_report
-from zoo.evaluation.predictions import read_predictions
-from zoo.files import write_text
+from zoo.evaluation.metrics import compute_metrics
+from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
+from zoo.files import write_json, write_text
 from zoo.reporting import curves
 from zoo.reporting.comparison import make_comparison
 from zoo.reporting.findings import findings, listed
 from zoo.reporting.report import Material, report_page
+from zoo.reporting.tables import FORMATS
 
 EVIL = ["<img src=x onerror=alert(1)>", "=HYPERLINK(1)", "{{7*7}}"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -166,6 +168,38 @@ def test_failures_and_a_run_without_val_leave_no_gap(root):
     assert "failed: c: <b>broke</b>" in Text(page).text
     nothing = make_comparison([record("c", status="failed", reason="no")])
     assert "No recipe has a score on test." in Text(report_page(Material(nothing, {"c": []}))).text
+
+
+ODD = {
+    "one class in test": lambda p: (np.zeros_like(p.y_true), p.logits, p.groups),
+    "one group": lambda p: (p.y_true, p.logits, np.full(len(p.y_true), "g")),
+    "all right": lambda p: (p.y_true, 5 * np.eye(p.logits.shape[1])[p.y_true], p.groups),
+    "all wrong": lambda p: (p.y_true, -5 * np.eye(p.logits.shape[1])[p.y_true], p.groups),
+    "no opinion": lambda p: (p.y_true, np.zeros_like(p.logits), p.groups),
+    "huge logits": lambda p: (p.y_true, p.logits * 1e30, p.groups),
+    "a class of one": lambda p: (np.where(np.arange(len(p.y_true)) < 58, 0, p.y_true), p.logits, p.groups),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("classes", [["healthy", "ill"], ["a", "b", "c"]], ids=["two", "three"])
+def test_odd_predictions_have_a_table_and_a_page(root, name, classes):
+    runs = []
+    for recipe, right in (("a", 0.6), ("b", 0.8)):
+        run = make_run(root, recipe, 0, right, classes=classes)
+        for split in ("val", "test"):
+            found = read_predictions(run.predictions_file(split))
+            y_true, logits, groups = ODD[name](found)
+            found = Predictions(found.sample_ids, groups, y_true, logits)
+            write_predictions(run.predictions_file(split), found)
+            write_json(run.metrics_file(split), compute_metrics(found, classes))
+        runs.append(run)
+    for metric in ("top1", "auroc"):
+        made = material(root, runs, metric=metric)
+        assert "nan" not in " ".join(findings(made.comparison)).split()
+        for write in FORMATS.values():
+            assert "nan" not in write(made.comparison).lower().replace("nance", "")
+    assert "Calibration" in report_page(made)
 
 
 # Figures --------------------------------------------------------------------------------------------------------------

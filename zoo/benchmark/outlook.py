@@ -168,6 +168,9 @@ def _cost(recipe: Any, dataset: Dataset, images: dict[str, int], seeds: int) -> 
         found = estimate(recipe, dataset, images)
     except ZooError as error:
         return {**row, "measured": False, "reason": str(error), "minutes": None}
+    except Exception as error:  # a network may break in any way; the other recipes are measured all the same
+        reason = f"{type(error).__name__}: {one_line(error, 160)}"
+        return {**row, "measured": False, "reason": reason, "minutes": None}
     return {
         **row,
         "measured": True,

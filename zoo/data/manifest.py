@@ -89,6 +89,8 @@ def load_dataset(name: str, root: Home | None = None, *, make_builtin: bool = Tr
             made.facts["made_now"] = True
             return made
         _refuse_without_images(name)
+        if name in builtin_names():
+            raise ZooError(f"dataset {name!r} is not made yet; make it with `zoo data import {name}`")
         known = [each["name"] for each in list_datasets(root)]
         raise ZooError(
             f"there is no dataset {name!r}{nearest(name, known)}; import one with "

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, one_line
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 _STRENGTH = 0.6  # of the colour where the map is 1
@@ -34,6 +34,8 @@ def activation_maps(model: nn.Module, images: torch.Tensor, targets: torch.Tenso
             picked = logits.gather(1, targets.to(logits.device).view(-1, 1)).sum()
             (gradient,) = torch.autograd.grad(picked, values)
         maps = _weighted(model, values.detach(), gradient)
+    except RuntimeError as error:
+        raise ZooError(f"{type(model).__name__} cannot be explained: {one_line(error, 160)}") from error
     finally:
         model.train(training)
     highest = maps.amax(dim=(1, 2), keepdim=True)
@@ -48,7 +50,7 @@ def _caught(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch
             values = network.forward_features(images)
         if isinstance(values, torch.Tensor) and values.ndim == 4:
             values = values.clone().requires_grad_()
-            return values, network.forward_head(values)
+            return values, network.forward_head(values.clone())  # some heads write to their input
         return _at_entry(model, images)
     return _at_last_map(model, images)
 
@@ -66,7 +68,7 @@ def _at_entry(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, tor
 
     def catch(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         caught.append(inputs[0].detach().clone().requires_grad_())
-        return (caught[0], *inputs[1:])
+        return (caught[0].clone(), *inputs[1:])
 
     return _run(model, images, caught, lambda: block.register_forward_pre_hook(catch))
 
@@ -92,7 +94,7 @@ def _at_last_map(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, 
 
     def catch(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
         caught[:] = [output.detach().clone().requires_grad_()]  # of a module that runs twice, the last time
-        return caught[0]
+        return caught[0].clone()  # what follows may write to its input
 
     return _run(model, images, caught, lambda: last[0].register_forward_hook(catch))
 

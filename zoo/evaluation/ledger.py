@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from zoo.files import Home, write_error
-from zoo.runs import RunRecord
+from zoo.runs import RunRecord, list_runs, on_split
 
 
 def record_look(root: Home, record: RunRecord) -> None:
@@ -48,21 +48,27 @@ def record_look(root: Home, record: RunRecord) -> None:
 def looks_at_test(root: Home, split_digest: str) -> dict[str, Any]:
     """Return how often a test split was scored: `scorings`, `recipes` (by digest), `first` and `last` (UTC, or None).
 
-    A line that a crash cut off is left out.
+    A line that a crash cut off is left out; scored runs that have no line, older than the ledger, count too.
     """
-    found = []
+    found, noted = [], set()
     if root.ledger.is_file():
         for line in root.ledger.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
                 if entry["split_digest"] == split_digest:
-                    found.append((entry["time"], entry["recipe_digest"]))
+                    found.append((str(entry["time"]), entry["recipe_digest"]))
+                    noted.add(entry["run"])
             except (ValueError, KeyError, TypeError):
                 continue
     times = sorted(time for time, _ in found)
+    older = [
+        run.record.recipe_digest
+        for run in list_runs(root)
+        if run.name not in noted and run.metrics_file("test").is_file() and on_split(run, split_digest)
+    ]
     return {
-        "scorings": len(found),
-        "recipes": len({recipe for _, recipe in found}),
+        "scorings": len(found) + len(older),
+        "recipes": len({recipe for _, recipe in found} | set(older)),
         "first": times[0] if times else None,
         "last": times[-1] if times else None,
     }

@@ -129,7 +129,8 @@ def metric_intervals(
     values = {metric: table.values(metric) for metric in metrics}
     defined = [m for m in metrics if any(np.isfinite(each).all() for each in values[m].values())]
     drawn = table.replicates(defined, replicates, seed)
-    jackknife = table.jackknife([m for m in defined if m not in _PROPORTIONS and m != "ece"])
+    by_blocks = [m for m in defined if m not in _PROPORTIONS and m != "ece"]
+    jackknife = table.jackknife(by_blocks) if table.samples.n_units > 1 else {}
     found: dict[str, dict[str, Interval | None]] = {metric: {} for metric in metrics}
     for metric in metrics:
         for name, points in values[metric].items():
@@ -224,7 +225,8 @@ def _bca(value: float, means: Array, blocks: Array, t: float) -> tuple[float, fl
     normal = NormalDist()
     below = (float((means < value).sum()) + float((means == value).sum()) / 2) / len(means)
     bias = normal.inv_cdf(min(max(below, 1 / len(means)), 1 - 1 / len(means)))
-    parts = blocks.mean() - blocks
+    blocks = blocks[np.isfinite(blocks)]
+    parts = blocks.mean() - blocks if len(blocks) else np.zeros(1)
     cubes, squares = float((parts**3).sum()), float((parts**2).sum())
     skew = cubes / (6 * squares**1.5) if squares > NO_VARIANCE else 0.0
     ends = []

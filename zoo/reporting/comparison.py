@@ -227,9 +227,10 @@ def _compared(predictions: dict[str, list[Predictions]], metric: str, margin: fl
     one = next(iter(scored.values()))[0]
     n_runs = sum(len(each) for each in scored.values())
     wanted = affordable_metrics(len(one.y_true), one.logits.shape[1], n_runs)
-    intervals = metric_intervals(scored, wanted, negative=negative)
-    pairs = paired_comparisons(scored, metric, negative=negative, margin=margin)
-    means = {name: each.value if each else math.nan for name, each in intervals.get(metric, {}).items()}
+    intervals = metric_intervals(scored, list(dict.fromkeys([*wanted, metric])), negative=negative)
+    means = {name: each.value for name, each in intervals[metric].items() if each is not None}
+    defined = {name: scored[name] for name in means}
+    pairs = paired_comparisons(defined, metric, negative=negative, margin=margin)
     return _Compared(metric, intervals, pairs, letters_of(means, pairs))
 
 

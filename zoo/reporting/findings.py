@@ -16,6 +16,8 @@ _NAMED = 4  # recipes in one sentence
 def findings(comparison: Comparison) -> list[str]:
     """Return sentences for a report's head, the most important first; all of them hold at the stated 5 %."""
     scored = [row for row in comparison.rows if row["letters"]]
+    if not scored and any(row["test_images"] for row in comparison.rows):
+        return [f"test {comparison.metric} is not defined on this split: see how the classes stand in test."]
     if not scored:
         return ["No recipe has a score on test."]
     best = next(row for row in scored if row["recipe"] == comparison.relative_to)
