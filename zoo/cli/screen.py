@@ -188,8 +188,9 @@ def _print_pairs(comparison: Comparison) -> None:
 def _that_fit(heads: list[str], rows: list[dict[str, str]], width: int) -> list[str]:
     """Return the first heads that have room; three stay in any case."""
     kept: list[str] = []
+    most = 40 if width >= 100 else 26  # characters of a column; longer names wrap
     for head in heads:
-        width -= max(len(head), *(min(40, len(row.get(head, ""))) for row in rows)) + 3
+        width -= max(len(head), *(min(most, len(row.get(head, ""))) for row in rows)) + 3
         if width < 0 and len(kept) >= 3:
             break
         kept.append(head)

@@ -229,7 +229,8 @@ def _compared(predictions: dict[str, list[Predictions]], metric: str, margin: fl
     wanted = affordable_metrics(len(one.y_true), one.logits.shape[1], n_runs)
     intervals = metric_intervals(scored, list(dict.fromkeys([*wanted, metric])), negative=negative)
     means = {name: each.value for name, each in intervals[metric].items() if each is not None}
-    defined = {name: scored[name] for name in means}
+    best_first = sorted(means, key=lambda name: (-METRIC_SIGN[metric] * means[name], name))
+    defined = {name: scored[name] for name in best_first}
     pairs = paired_comparisons(defined, metric, negative=negative, margin=margin)
     return _Compared(metric, intervals, pairs, letters_of(means, pairs))
 
