@@ -15,9 +15,10 @@ from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
 from zoo.files import write_json, write_text
 from zoo.reporting import curves
+from zoo.reporting.blocks import Material
 from zoo.reporting.comparison import make_comparison
 from zoo.reporting.findings import findings, listed
-from zoo.reporting.report import Material, report_page
+from zoo.reporting.report import report_page
 from zoo.reporting.tables import FORMATS
 
 EVIL = ["<img src=x onerror=alert(1)>", "=HYPERLINK(1)", "{{7*7}}"]

@@ -12,7 +12,8 @@ from zoo.data.manifest import Dataset, load_dataset
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.statistics import MARGIN
 from zoo.files import Home, check_writable, home, read_json, user_path
-from zoo.reporting.report import Explain, Material, write_report
+from zoo.reporting.blocks import Explain, Material
+from zoo.reporting.report import write_report
 from zoo.runs import Run, RunRecord, find_run
 
 

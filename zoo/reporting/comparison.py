@@ -12,6 +12,7 @@ from zoo.errors import ZooError, nearest, one_line
 from zoo.evaluation.calibration import apply_temperature, fit_temperature
 from zoo.evaluation.metrics import METRIC_SIGN, ece_of, log_loss_of
 from zoo.evaluation.predictions import Predictions, read_predictions
+from zoo.evaluation.resampling import METRICS
 from zoo.evaluation.statistics import (
     MARGIN,
     Interval,
@@ -26,20 +27,7 @@ from zoo.runs import Run, RunRecord
 if TYPE_CHECKING:
     import pandas as pd
 
-SCORES = (
-    "top1",
-    "balanced_accuracy",
-    "macro_f1",
-    "macro_precision",
-    "macro_recall",
-    "auroc",
-    "auprc",
-    "sensitivity",
-    "specificity",
-    "log_loss",
-    "brier",
-    "ece",
-)
+SCORES = METRICS
 
 
 @dataclass(frozen=True)
