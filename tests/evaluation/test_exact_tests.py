@@ -189,7 +189,8 @@ def test_repeated_splits_cost_what_nadeau_and_bengio_say():
     assert mean == pytest.approx(differences.mean())
     assert (high - mean) == pytest.approx(t.ppf(0.975, 9) * mean / shrunk)
     assert low == pytest.approx(2 * mean - high)
-    assert corrected_resampled_t([0.1, 0.1], 10, 5)[3] == 0.0
+    equal = corrected_resampled_t([0.05, 0.05], 100, 20)
+    assert equal[1] < 0 < equal[2] and equal[3] > 0.3  # two folds that agree prove nothing
     assert corrected_resampled_t([0.0, 0.0], 10, 5)[3] == 1.0
 
 

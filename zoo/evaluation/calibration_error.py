@@ -60,9 +60,13 @@ def reliability(
 
 
 def ece_interval(
-    predictions_by_seed: Sequence[Predictions], kind: str = "ece", replicates: int = 2000, seed: int = 0
+    predictions_by_seed: Sequence[Predictions],
+    kind: str = "ece",
+    replicates: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
 ) -> tuple[float, float]:
-    """Return the 95 % interval of `ece` or `adaptive_ece` (kind) of the population, a mean over seeds; in [0, 1].
+    """Return the interval of `ece` or `adaptive_ece` (kind) of the population, a mean over seeds; in [0, 1].
 
     The ECE of a sample lies above that of its population, and of a resample above both, so percentiles of a bootstrap
     miss the truth (for the squared error: Sun et al. 2024, arXiv 2408.08998). Here groups and seeds are resampled to
@@ -78,11 +82,12 @@ def ece_interval(
     so, or many samples and top1 of 0.99, 0.90 to 1. Where all are right (or wrong) its width is that of accuracy's.
     One group alone gives (0, 1). Raises ZooError for an unknown kind, no run or sample, or runs of other samples.
     """
+    upper = 0.5 + confidence / 2
     if kind not in ("ece", "adaptive_ece"):
         raise ZooError(f"kind of calibration error must be ece or adaptive_ece. Got {one_line(kind)!r}")
-    confidence, right, bins, units = _binned(predictions_by_seed, kind == "adaptive_ece")
+    score, right, bins, units = _binned(predictions_by_seed, kind == "adaptive_ece")
     sizes = np.bincount(units).astype(np.float64)
-    sums = np.stack([_sums(units, of, gap) for of, gap in zip(bins, right - confidence, strict=True)])
+    sums = np.stack([_sums(units, of, gap) for of, gap in zip(bins, right - score, strict=True)])
     gaps = sums.sum(axis=1) / len(units)  # (seeds, bins)
     error = float(np.abs(gaps).sum(axis=1).mean())
     if len(sizes) == 1:
@@ -97,9 +102,9 @@ def ece_interval(
     corrected = _unfolded(gaps, spread).sum(axis=1)  # (seeds,)
     variance = float((of_seed * _unfolded(found, spread).sum(axis=2)).sum(axis=1).var())
     seeds = (float(corrected.var(ddof=1)) / len(sums) if len(sums) > 1 else 0.0, len(sums))
-    half = t_quantile(0.975, degrees_of_freedom(variance, len(sizes), [seeds])) * math.sqrt(variance)
-    at_none = (of_seed * np.abs(found - gaps).sum(axis=2)).sum(axis=1), _calibrated(confidence, bins, replicates, rng)
-    shown = all(error > np.quantile(each, 0.975) for each in at_none)
+    half = t_quantile(upper, degrees_of_freedom(variance, len(sizes), [seeds])) * math.sqrt(variance)
+    at_none = (of_seed * np.abs(found - gaps).sum(axis=2)).sum(axis=1), _calibrated(score, bins, replicates, rng)
+    shown = all(error > np.quantile(each, upper) for each in at_none)
     low = float(corrected.mean()) - half if shown else 0.0
     return (max(0.0, low), min(1.0, max(0.0, float(corrected.mean()) + half)))
 

@@ -99,7 +99,8 @@ def delong_p_value(y_true: Array, one: Array, two: Array, units: Array | None = 
     variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
     difference = float(aucs[0] - aucs[1])
     if variance < 1e-18:
-        return 1.0 if abs(difference) < 1e-12 else 0.0
+        few = min(int(y_true.sum(axis=0).min()), int((~y_true).sum(axis=0).min()))
+        return 1.0 if abs(difference) < 1e-12 else min(1.0, 2 * 0.5**few)
     z = -abs(difference) / math.sqrt(variance)
     return float(2 * (ndtr(z) if units is None else stdtr(max(1, int(units.max())), z)))
 
@@ -143,8 +144,9 @@ def corrected_resampled_t(
             f"{n_train} and {n_test} images; fold the dataset with `zoo data split --folds K`"
         )
     mean = float(values.mean())
-    error = math.sqrt((1 / len(values) + n_test / n_train) * float(values.var(ddof=1)))
+    # Scores of a fold come in steps of one image; that they are equal does not make them certain.
+    variance = max(float(values.var(ddof=1)), 1 / n_test**2)
+    error = math.sqrt((1 / len(values) + n_test / n_train) * variance)
     degrees = len(values) - 1
     half = float(stdtrit(degrees, 0.5 + confidence / 2)) * error
-    p_value = float(2 * stdtr(degrees, -abs(mean) / error)) if error > 0 else float(mean == 0)
-    return mean, mean - half, mean + half, p_value
+    return mean, mean - half, mean + half, float(2 * stdtr(degrees, -abs(mean) / error))

@@ -56,8 +56,9 @@ def looks_at_test(root: Home, split_digest: str) -> dict[str, Any]:
             try:
                 entry = json.loads(line)
                 if entry["split_digest"] == split_digest:
-                    found.append((str(entry["time"]), entry["recipe_digest"]))
-                    noted.add(entry["run"])
+                    time, recipe, run = (str(entry[key]) for key in ("time", "recipe_digest", "run"))
+                    found.append((time, recipe))
+                    noted.add(run)
             except (ValueError, KeyError, TypeError):
                 continue
     times = sorted(time for time, _ in found)

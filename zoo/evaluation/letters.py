@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, combinations
 from string import ascii_letters
 
+_MOST_COLUMNS = 256  # the shortest display can take as many columns as 2 to the number of differences
+
 
 def compact_letters(order: Sequence[str], different: Collection[tuple[str, str]]) -> dict[str, str]:
     """Return letters such that two names share one just where they are not a pair of `different`.
@@ -20,9 +22,20 @@ def compact_letters(order: Sequence[str], different: Collection[tuple[str, str]]
     columns = [frozenset(rank.values())] if rank else []
     for one, two in sorted(tuple(sorted((rank[one], rank[two]))) for one, two in different):
         columns = _split(columns, one, two)
-    columns = sorted(_sweep(columns), key=sorted)
+        if len(columns) > _MOST_COLUMNS:
+            columns = _pairwise(len(rank), {(rank[a], rank[b]) for a, b in different})
+            break
+    columns = sorted(columns if len(columns) > _MOST_COLUMNS else _sweep(columns), key=sorted)
     letters = list(zip(columns, _letters(), strict=False))
     return {name: "".join(letter for column, letter in letters if rank[name] in column) for name in order}
+
+
+def _pairwise(count: int, different: set[tuple[int, int]]) -> list[frozenset[int]]:
+    """Return a column for every two that do not differ, and for each that differs from all: right, if not short."""
+    apart = different | {(two, one) for one, two in different}
+    pairs = [frozenset(pair) for pair in combinations(range(count), 2) if pair not in apart]
+    alone = set(range(count)) - set().union(*pairs)
+    return [*pairs, *(frozenset({each}) for each in sorted(alone))]
 
 
 def _split(columns: list[frozenset[int]], one: int, two: int) -> list[frozenset[int]]:

@@ -35,7 +35,7 @@ METRICS = (
     "ece",
 )
 RARE = 10  # units: with fewer of a class, some replicates would have none of it
-_OVER_CLASSES = METRICS[1:9]  # undefined, or of other classes, where a replicate lacks one
+OVER_CLASSES = METRICS[1:9]  # undefined, or of other classes, where a replicate lacks one
 _BY_RANK = ("auroc", "auprc")
 CHUNK = 2_000_000  # weights held at once: 16 MB
 _DENSE = 256  # rows; more are mostly zeros
@@ -75,10 +75,16 @@ class Samples:
         return 1 - self.negative if self.n_classes == 2 and self.negative is not None else None
 
     @cached_property
+    def class_units(self) -> Array:
+        """Return in how many units each class occurs: (C,) int."""
+        pairs = np.unique(np.stack([self.units, self.y_true]), axis=1)
+        return np.bincount(pairs[1], minlength=self.n_classes)
+
+    @cached_property
     def strata(self) -> Array:
         """Return a number for each unit: that of its rarest class where a class is rare, else 0: (U,) int."""
         pairs = np.unique(np.stack([self.units, self.y_true]), axis=1)
-        counts = np.bincount(pairs[1], minlength=self.n_classes)
+        counts = self.class_units
         if counts[counts > 0].min() >= RARE:
             return np.zeros(self.n_units, dtype=np.int64)
         rarest_last = np.lexsort((pairs[1], -counts[pairs[1]]))
@@ -128,7 +134,7 @@ class Aligned:
 
         The same draws for all recipes, hence paired. Metrics over classes are stratified where a class is rare.
         """
-        stratified = [metric for metric in metrics if metric in _OVER_CLASSES and self.samples.strata.any()]
+        stratified = [metric for metric in metrics if metric in OVER_CLASSES and self.samples.strata.any()]
         found: dict[str, dict[str, Array]] = {}
         for part, strata in (
             ([metric for metric in metrics if metric not in stratified], np.zeros(self.samples.n_units, dtype=int)),
@@ -431,7 +437,7 @@ def _ratio(part: Array, whole: Array) -> Array:
 
 
 _NEEDS = {
-    **dict.fromkeys(_OVER_CLASSES, ("tp", "pred", "true")),
+    **dict.fromkeys(OVER_CLASSES, ("tp", "pred", "true")),
     **dict.fromkeys(_BY_RANK, ()),
     "top1": ("right",),
     "log_loss": ("log_loss",),

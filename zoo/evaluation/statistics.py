@@ -22,7 +22,7 @@ from zoo.evaluation.letters import compact_letters
 from zoo.evaluation.metrics import METRIC_SIGN
 from zoo.evaluation.predictions import Predictions
 from zoo.evaluation.proportions import NO_VARIANCE, degrees_of_freedom, score_interval, t_quantile, wilson_interval
-from zoo.evaluation.resampling import METRICS, Aligned, Array
+from zoo.evaluation.resampling import METRICS, OVER_CLASSES, RARE, Aligned, Array
 
 REPLICATES = 2000
 MARGIN = 0.02  # of equivalence: two points
@@ -138,7 +138,9 @@ def metric_intervals(
                 found[metric][name] = None
                 continue
             if metric == "ece":
-                ends: tuple[float, float] | None = ece_interval(runs_by_recipe[name], "ece", replicates, seed)
+                ends: tuple[float, float] | None = ece_interval(
+                    runs_by_recipe[name], "ece", replicates, seed, confidence
+                )
             else:
                 ends = None
             blocks = jackknife[metric][name].mean(axis=1) if metric in jackknife else None
@@ -174,6 +176,10 @@ def _interval(
         t = t_quantile(0.5 + confidence / 2, degrees)
         top = _UNBOUNDED.get(metric, 1.0)
         low, high = _bca(value, means, np.zeros(1) if blocks is None else blocks, t)
+        rare = _rare_variance(table, metric, value)
+        if rare > 0:
+            half = t * math.sqrt(variance + rare)
+            low, high = min(low, value - half), max(high, value + half)
         low, high = min(max(0.0, low), value), max(value, min(top, high))
     return Interval(
         value,
@@ -202,7 +208,26 @@ def _proportion(
     if variance < NO_VARIANCE:
         units = len(np.unique(samples.units[counted]))
         return wilson_interval(min(p, 1.0) * units, units, confidence)
-    return score_interval(p, p * (1 - p) / variance, t_quantile(0.5 + confidence / 2, degrees))
+    independent = p * (1 - p) / variance
+    # Seeds that agree by chance, or groups that differ less than they should, make no more samples of them.
+    independent = min(independent, n) if seeds == 1 else independent
+    return score_interval(p, independent, t_quantile(0.5 + confidence / 2, degrees))
+
+
+def _rare_variance(table: Aligned, metric: str, value: float) -> float:
+    """Return what classes of few units add to the variance of a mean over classes.
+
+    A bootstrap of one or two units that are all right says that nothing varies. For each class with fewer than RARE
+    units: the variance of a share of so many, drawn towards a half (Agresti and Coull 1998, doi 10.2307/2685469).
+    """
+    if metric not in OVER_CLASSES or not 0 <= value <= 1:
+        return 0.0
+    counts = table.samples.class_units
+    counts = counts[counts > 0]
+    members = 1 if table.samples.positive is not None and metric in ("auroc", "auprc") else len(counts)
+    few = counts[counts < RARE]
+    shares = (value * few + 2) / (few + 4)
+    return float((shares * (1 - shares) / few).sum()) / members**2
 
 
 def _over_seeds(drawn: Array, seed: int) -> Array:
@@ -347,9 +372,12 @@ def _difference(
     # The little that is taken off lets replicates that are equal but for rounding count as such.
     as_large = (1 + int((np.abs(spread) >= abs(seen) - 1e-12).sum())) / (1 + len(spread))
     if variance < NO_VARIANCE:
-        same = abs(seen) < 1e-12
+        # Nothing varies, so nothing is known of how much it would: as much as so many units can say.
+        at_margin = at_margin or (0.0, margin - margin**2 if margin < 1 else 0.25)
         equal = equivalence_p_value(seen, _error_at_margin(0.0, units, at_margin), margin, units - 1)
-        return _Difference(seen, seen, seen, 1.0 if same else as_large, equal)
+        wide = 1 - wilson_interval(units, units)[0]
+        p_value = 1.0 if abs(seen) < 1e-12 else max(as_large, 2 * 0.5**units)
+        return _Difference(seen, seen - wide, seen + wide, min(1.0, p_value), equal)
     degrees = degrees_of_freedom(variance, units, [_seed_part(one), _seed_part(two)])
     error, t = math.sqrt(variance), t_quantile(0.975, degrees)
     low, high = _basic(0.0, spread, 1.959964)
