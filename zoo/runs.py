@@ -118,6 +118,10 @@ class Run:
         """Return the file of the metrics on a split."""
         return self.path / f"metrics-{split}.json"
 
+    def scored(self, split: str) -> bool:
+        """Return whether predictions and metrics of a split are both there."""
+        return self.metrics_file(split).is_file() and self.predictions_file(split).is_file()
+
     @property
     def record(self) -> RunRecord:
         """Return `run.json`; raises ZooError where it is missing or damaged."""

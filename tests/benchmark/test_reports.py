@@ -17,7 +17,7 @@ from zoo.runs import list_runs
 def test_a_report_of_a_dataset_and_of_named_runs(trained, tmp_path):
     score_missing([], data="tiny", root=trained)
     file = report(data="tiny", root=trained)
-    assert file == trained.benchmarks / "tiny" / "report.html"
+    assert file == trained.benchmarks / "tiny" / "all-runs.html"
     page = file.read_text()
     assert "Audit: no copy, near-copy or group lies across" in page
     assert load_dataset("tiny", trained).split_digest in page

@@ -58,6 +58,21 @@ def test_intervals_cover_what_they_say(truth, n, groups):
         assert naive / 600 < 0.8  # Wilson's interval, which takes every image for itself
 
 
+@pytest.mark.parametrize("rare", [1, 2, 3, 5])
+def test_a_class_of_few_images_makes_no_interval_too_sure(rare):
+    # Every class is recognised in 80 %, so that is the true balanced accuracy.
+    counts, hits = (100, 50, rare), 0
+    y_true = np.repeat(np.arange(3), counts)
+    ids = np.array([f"s{i:05}" for i in range(len(y_true))])
+    for number in range(300):
+        rng = np.random.default_rng(number)
+        y_pred = np.where(rng.random(len(y_true)) < 0.8, y_true, (y_true + 1) % 3)
+        run = Predictions(ids, np.full(len(y_true), ""), y_true, 3.0 * np.eye(3)[y_pred])
+        interval = metric_intervals({"a": [run]}, ["balanced_accuracy"], replicates=400)["balanced_accuracy"]["a"]
+        hits += interval.low <= 0.8 <= interval.high
+    assert hits / 300 >= 0.93
+
+
 @pytest.mark.parametrize(("n", "groups"), [(200, 0), (400, 40)])
 def test_equal_models_are_seldom_told_apart(n, groups):
     metrics = ("top1", "macro_f1", "auroc", "ece")
@@ -73,8 +88,8 @@ def test_equal_models_are_seldom_told_apart(n, groups):
         units = one.group_codes if groups else None
         false["delong"] += delong_p_value(inside, one.y_score, two.y_score, units) < 0.05
     naive = false.pop("mcnemar") / 400
-    assert all(count / 400 <= 0.065 for count in false.values()), false
-    assert naive > 0.15 if groups else naive <= 0.065  # McNemar's test knows nothing of groups
+    assert all(count / 400 <= 0.06 for count in false.values()), false
+    assert naive > 0.15 if groups else naive <= 0.06  # McNemar's test knows nothing of groups
 
 
 @pytest.mark.parametrize("groups", [0, 60])

@@ -215,6 +215,19 @@ def test_equal_answers_on_few_images_prove_no_equivalence():
     assert pair.equivalent and pair.equivalence_p < 0.001
 
 
+def test_a_difference_without_any_variance_is_no_certainty_of_few():
+    for n in (2, 3, 4):
+        (pair,) = paired_comparisons({"a": [run(np.ones(n))], "b": [run(np.zeros(n))]})
+        assert not pair.different and pair.low < 1 and pair.p >= pair.mcnemar_p[0] - 0.01
+    (pair,) = paired_comparisons({"a": [run(np.ones(100))], "b": [run(np.zeros(100))]})
+    assert pair.different and 0.9 < pair.low < 1
+    for metric in ("macro_f1", "auroc", "balanced_accuracy"):
+        y_true = np.array([0, 1, 0, 1])
+        perfect = Predictions(np.arange(4).astype(str), np.full(4, ""), y_true, 5.0 * np.eye(2)[y_true])
+        (pair,) = paired_comparisons({"a": [perfect], "b": [perfect]}, metric)
+        assert not pair.equivalent, metric
+
+
 def test_an_interval_of_a_difference_agrees_with_its_p_value():
     rng = np.random.default_rng(0)
     for _ in range(20):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_runs import FLOORS, make_run, record
+from drawn_runs import CLASSES, FLOORS, make_run, record
 
 from zoo.errors import ZooError
+from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
 from zoo.evaluation.statistics import top1_interval
 from zoo.files import to_json, write_json
@@ -44,7 +45,7 @@ def test_floors_come_first_and_failures_last_whatever_it_is_sorted_by(root):
     assert [row["recipe"] for row in by_top1.rows] == ["strong", "weak", "awful"]
     assert [row["letters"] for row in by_top1.rows] == ["a", "b", None]
     assert [row["beats_floors"] for row in by_top1.rows] == [True, False, None]
-    for by in ("test_top1", "test_ece", "train_s", "recipe", "letters", "test_auroc_ci", "reason"):
+    for by in ("test_top1", "test_ece", "train_s", "recipe", "letters", "reason"):
         assert make_comparison([failed, *runs], by=by).rows[-1]["recipe"] == "awful", by
     table = to_markdown(by_top1).split("## Pairs")[0]
     lines = [line for line in table.splitlines() if line.startswith("| ")]
@@ -236,7 +237,54 @@ def test_a_table_says_how_often_test_was_looked_at(root):
 def test_the_legend_says_which_recipe_is_the_best(root):
     comparison = make_comparison(four(root))
     assert comparison.relative_to in ("good", "better")
-    assert f"a: not told apart from {comparison.relative_to}, the best." in legend(comparison)
+    assert f"The best mean has {comparison.relative_to}; who shares no letter with it is worse." in legend(comparison)
+
+
+def test_scores_that_do_not_belong_together_are_refused(root):
+    run = make_run(root)
+    write_json(run.metrics_file("test"), {**run.metrics("test"), "top1": 0.123})
+    with pytest.raises(ZooError, match=r"does not belong to the predictions beside it \(top1 0\.123, of"):
+        make_comparison([run])
+    write_json(run.metrics_file("test"), {"x": 1})
+    with pytest.raises(ZooError, match="remove both and score the run again"):
+        make_comparison([run])
+
+
+def test_a_seed_without_predictions_counts_nowhere(root):
+    runs = [make_run(root, seed=seed, right=right) for seed, right in ((0, 0.9), (1, 0.9), (2, 0.3))]
+    runs[2].predictions_file("test").unlink()
+    (row,) = make_comparison(runs).rows
+    assert row["test_top1_ci"][0] < row["test_top1"] < row["test_top1_ci"][1]
+    assert len(row["test_top1_seeds"]) == 2
+
+
+def test_what_a_reader_must_know_stands_in_the_notes(root):
+    runs = [make_run(root, "one"), make_run(root, "two", 0), make_run(root, "two", 1)]
+    notes = " ".join(make_comparison(runs).notes)
+    assert "one seed alone: letters tell these runs apart, not the recipes: one" in notes
+    for run in runs:
+        found = read_predictions(run.predictions_file("test"))
+        y_true = np.where(np.arange(60) < 57, found.y_true % 2, 2)
+        changed = Predictions(found.sample_ids, np.full(60, ""), y_true, found.logits)
+        write_predictions(run.predictions_file("test"), changed)
+        write_json(run.metrics_file("test"), compute_metrics(changed, CLASSES))
+    comparison = make_comparison(runs)
+    assert "fewer than 10 groups or images of a class in test, so its scores are rough: normal (3)" in comparison.notes
+    assert title(comparison).endswith("60 test images")
+
+
+def test_calibrated_columns_sort_the_right_way_and_lists_do_not(root):
+    rows = make_comparison(four(root), by="test_ece_calibrated").rows
+    values = [row["test_ece_calibrated"] for row in rows]
+    assert values == sorted(values)
+    with pytest.raises(ZooError, match="cannot be sorted by 'test_top1_ci', which is a list"):
+        make_comparison([make_run(root, "x")], by="test_top1_ci")
+
+
+def test_a_failure_of_an_older_recipe_is_a_row_of_its_own(root):
+    old = make_run(root, "a", seed=1, status="failed", reason="old version broke", recipe_digest="older")
+    rows = make_comparison([make_run(root, "a"), old]).rows
+    assert sorted(row["status"] for row in rows) == ["failed", "finished"]
 
 
 def test_latex_is_a_booktabs_table_in_which_nothing_is_a_command(root):

@@ -91,7 +91,7 @@ def score_missing(
         dataset = load_dataset(data, root, make_builtin=False)
         found = runs_on_split(dataset.name, dataset.split_digest, root)
     for run in found:
-        if run.finished and not run.metrics_file("test").is_file():
+        if run.finished and not run.scored("test"):
             from zoo.training.scoring import evaluate
 
             evaluate(run, "test", root, progress=progress)

@@ -43,7 +43,7 @@ def compare_folds(
     for number, dataset in enumerate(folds):
         score_missing([], data=dataset.name, root=root, progress=progress)
         for run in runs_on_split(dataset.name, dataset.split_digest, root):
-            if not run.finished or not run.metrics_file("test").is_file():
+            if not run.finished or not run.scored("test"):
                 continue
             value = run.metrics("test").get(metric)
             if value is not None:

@@ -63,7 +63,8 @@ def plan(
     sizes = _group_sizes(test["group"].tolist())
     counts = test["label"].value_counts()
     rarest = min(dataset.classes, key=lambda name: (int(counts.get(name, 0)), name))
-    measured = _measured(dataset, root)
+    pairs = max(1, len(loaded) * (len(loaded) - 1) // 2)
+    measured = _measured(dataset, root, seeds, pairs)
     images = {name: facts["images"] for name, facts in split_summary(dataset)["splits"].items()}
     rows = []
     for number, recipe in enumerate(loaded, 1):
@@ -78,7 +79,8 @@ def plan(
         "groups": len(sizes),
         "rarest": {"class": rarest, "images": int(counts.get(rarest, 0))},
         "intervals": _intervals(len(test), len(sizes)),
-        "differences": _differences(len(test), sizes),
+        "pairs": pairs,
+        "differences": _differences(len(test), sizes, pairs),
         "measured": measured,
         "seeds": _seeds(seeds, measured, len(test), sizes),
         "recipes": rows,
@@ -103,22 +105,23 @@ def _intervals(n: int, units: int) -> list[dict[str, float]]:
     return found
 
 
-def _differences(n: int, sizes: list[int]) -> list[dict[str, float | None]]:
+def _differences(n: int, sizes: list[int], pairs: int) -> list[dict[str, float | None]]:
+    alpha, effect = 0.05 / pairs, design_effect(sizes, 1.0)
     return [
         {
             "disagreement": share,
-            "by_images": detectable_difference(share, n),
-            "by_groups": detectable_difference(share, n, design_effect=design_effect(sizes, 1.0), units=len(sizes)),
+            "by_images": detectable_difference(share, n, alpha=alpha),
+            "by_groups": detectable_difference(share, n, design_effect=effect, units=len(sizes), alpha=alpha),
         }
         for share in DISAGREEMENTS
     ]
 
 
-def _measured(dataset: Dataset, root: Home) -> dict[str, Any] | None:
+def _measured(dataset: Dataset, root: Home, seeds: int, pairs_planned: int) -> dict[str, Any] | None:
     """Return what scored runs on this split say of disagreement, likeness within groups and spread of seeds."""
     runs: dict[str, list[Any]] = {}
     for run in runs_on_split(dataset.name, dataset.split_digest, root):
-        if run.finished and run.predictions_file("test").is_file():
+        if run.finished and run.scored("test"):
             key = f"{run.record.recipe}@{run.record.recipe_digest[:6]}"
             runs.setdefault(key, []).append(read_predictions(run.predictions_file("test")))
     if len(runs) < 2:
@@ -137,14 +140,23 @@ def _measured(dataset: Dataset, root: Home) -> dict[str, Any] | None:
     icc = statistics.median(intraclass_correlation(pair, units) for pair in pairs)
     spreads = [float(values.std(ddof=1)) for values in table.values("top1").values() if len(values) > 1]
     effect = design_effect(np.bincount(units).tolist(), icc)
+    spread = statistics.median(spreads) if spreads else None
+    difference = None
+    if share > 0:
+        difference = detectable_difference(
+            share,
+            table.samples.n,
+            design_effect=effect,
+            units=table.samples.n_units,
+            alpha=0.05 / pairs_planned,
+            seed_variance=2 * (TYPICAL_SEED_SD if spread is None else spread) ** 2 / seeds,
+        )
     return {
         "recipes": len(right),
         "disagreement": share,
         "icc": icc,
-        "difference": detectable_difference(share, table.samples.n, design_effect=effect, units=table.samples.n_units)
-        if share > 0
-        else None,
-        "seed_sd": statistics.median(spreads) if spreads else None,
+        "difference": difference,
+        "seed_sd": spread,
     }
 
 
@@ -197,14 +209,14 @@ def sentences(found: dict[str, Any]) -> list[str]:
     said.append(f"A top1 of 0.80 will be known to about ±{_between(middle['by_images'], middle['by_groups'])}.")
     tenth = next(row for row in found["differences"] if row["disagreement"] == 0.1)
     said.append(
-        "Two models that disagree on 10 % of the images are told apart, with 80 % power, where they differ by "
-        f"{_between(tenth['by_images'], tenth['by_groups'])}; what is smaller comes out as a tie."
+        f"Of {_pairs(found['pairs'])}, two models that disagree on 10 % of the images are told apart, with 80 % power, "
+        f"from this difference on: {_between(tenth['by_images'], tenth['by_groups'])}; less will often come out as a tie."
     )
     known = found["measured"]
     if known is not None and known["difference"] is not None:
         said.append(
             f"{known['recipes']} recipes scored here disagree on {100 * known['disagreement']:.0f} % (median): "
-            f"such pairs are told apart from {100 * known['difference']:.1f} points on."
+            f"such pairs, with the seeds' part, are told apart from {100 * known['difference']:.1f} points on."
         )
     seeds = found["seeds"]
     source = "assumed" if seeds["assumed"] else "seen here"
@@ -218,14 +230,18 @@ def sentences(found: dict[str, Any]) -> list[str]:
     return said
 
 
+def _pairs(count: int) -> str:
+    return "one pair" if count == 1 else f"{count} pairs tested together"
+
+
 def _between(one: float | None, two: float | None) -> str:
     """Return points from images as the unit to groups as the unit.
 
     >>> _between(0.031, 0.124), _between(0.03, 0.03), _between(0.09, None), _between(None, None)
-    ('3.1 to 12.4 points', '3.0 points', '9.0 points, or not at all where a group counts as one image', 'no difference')
+    ('3.1 to 12.4 points', '3.0 points', '9.0 points, or not at all where a group counts as one image', 'never')
     """
     if one is None:
-        return "no difference"
+        return "never"
     if two is None:
         return f"{100 * one:.1f} points, or not at all where a group counts as one image"
     if round(1000 * one) == round(1000 * two):

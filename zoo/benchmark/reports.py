@@ -33,7 +33,7 @@ def report(
 
     explain: run the networks again, on val with the centre and with the border painted over (the shortcut probe), and
     on the hardest test images to show where the best one looked; this changes no score. output: the HTML file; left
-    out, `report.html` in the benchmark's or the dataset's folder below `benchmarks/`. progress: called with recipes
+    out, below `benchmarks/`: `<benchmark>/report.html`, or `<dataset>/all-runs.html`. progress: called with recipes
     probed and in all. Raises ZooError where nothing was run, runs cannot be compared, or the file cannot be written.
     """
     root = root or home()
@@ -44,11 +44,13 @@ def report(
         found = _benchmark_runs(name, root)
     elif runs is not None:
         found = [find_run(run, root) if isinstance(run, str) else run for run in runs]
-    file = _output(output, root, name or data or "report")
+    named = load_benchmark(name, root).name if name else None
+    file = _output(output, root, f"{named}/report" if named else f"{data}/all-runs" if data else "report")
     comparison = comparison_of(found, data=data, root=root, metric=metric, margin=margin)
     by_recipe: dict[str, list[Run]] = {}
+    known = {run.record.run: run for run in found or [] if isinstance(run, Run)}  # which may lie anywhere
     for row in comparison.rows:
-        folders = [Run(root.runs / run) for run in row["runs"]]
+        folders = [known.get(run, Run(root.runs / run)) for run in row["runs"]]
         by_recipe[row["recipe"]] = [run for run in folders if run.finished]
     dataset = _dataset(comparison.dataset, root)
     if not explain or dataset is None or dataset.split_digest != comparison.split_digest:
@@ -86,7 +88,7 @@ def _probes(
 
 def _output(output: str | Path | None, root: Home, name: str) -> Path:
     if output is None:
-        file = root.benchmarks / Path(name).stem / "report.html"
+        file = root.benchmarks / f"{name}.html"
     else:
         file = user_path(output)
         if file.suffix.lower() not in (".html", ".htm") or file.is_dir():
@@ -102,6 +104,8 @@ def _benchmark_runs(name: str, root: Home) -> list[Run | RunRecord]:
     if not file.is_file():
         raise ZooError(f"benchmark {wanted.name!r} has no table yet; run it with `zoo bench {wanted.name}`")
     table = read_json(file)
+    if not all(isinstance(row, dict) and {"runs", "status", "recipe"} <= set(row) for row in table.get("rows") or [0]):
+        raise ZooError(f"{str(file)!r} is no table of a benchmark; run `zoo bench {wanted.name}` again")
     found: list[Run | RunRecord] = []
     for row in table["rows"]:
         folders = [Run(root.runs / run) for run in row["runs"]]

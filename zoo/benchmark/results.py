@@ -63,10 +63,7 @@ def write_results(
     rows = [row for row in comparison.rows if row["seeds"]]
     runs = {row["recipe"]: [Run(root.runs / run) for run in row["runs"]] for row in rows}
     # A seed that was trained but could not be scored on test is a failure.
-    runs = {
-        recipe: [run for run in each if run.finished and run.metrics_file("test").is_file()]
-        for recipe, each in runs.items()
-    }
+    runs = {recipe: [run for run in each if run.finished and run.scored("test")] for recipe, each in runs.items()}
     scores = plots.plot_test_scores(comparison.rows, f"test_{comparison.metric}", comparison.floors, title=name)
     figures = {"test-scores": scores}
     if rows:

@@ -208,7 +208,7 @@ def plan(
             [f"{100 * row['disagreement']:.0f} %", _in_points(row["by_images"]), _in_points(row["by_groups"])]
             for row in found["differences"]
         ],
-        "smallest difference of top1 shown at 80 % power",
+        f"smallest difference of top1 shown at 80 % power, pairs tested together: {found['pairs']}",
         numbers=("models disagree on", "told apart from: images as the unit", "groups as the unit"),
     )
     rows = [

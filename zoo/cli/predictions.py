@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +20,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Images that are computed together.", min=1)] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     explain: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for pictures of where the network looked.")
+        str | None, typer.Option(metavar="DIR", help="Folder for pictures of where the network looked.")
     ] = None,
     json: JsonOption = False,
     home: HomeOption = None,

@@ -127,6 +127,8 @@ class Predictor:
         """Yield the predictions of image files in order, a batch at a time; explain as in `predict`."""
         folder = None
         if explain is not None:
+            if not os.fspath(explain):
+                raise ZooError("explain needs a folder for its pictures. Got an empty name")
             folder = user_path(explain)
             check_writable(folder)
         waiting: list[tuple[int, Path]] = []

@@ -24,13 +24,15 @@ def detectable_difference(
     units: int | None = None,
     alpha: float = 0.05,
     power: float = POWER,
+    seed_variance: float = 0.0,
 ) -> float | None:
     """Return the smallest true difference of top1 of two models that a paired test shows with the power asked.
 
     disagreement: share of the images on which one model alone is right, in (0, 1]; a difference d has variance
     (disagreement - d^2) / n (as for McNemar's test, Connor 1987, doi 10.2307/2531961). n: test images; design_effect:
-    of groups (`design_effect`); units: groups, for Student's t (n where left out). None where even models of which one
-    is never right alone would not be told apart. Raises ZooError for numbers outside their ranges.
+    of groups (`design_effect`); units: groups, for Student's t (n where left out); seed_variance: what the seeds of
+    both add. None where even models of which one is never right alone would not be told apart. Raises ZooError for
+    numbers outside their ranges.
 
     >>> round(detectable_difference(0.1, 1000), 4)
     0.0279
@@ -44,7 +46,8 @@ def detectable_difference(
     if degrees < 1:
         return None
     reach = t_quantile(1 - alpha / 2, degrees) + t_quantile(power, degrees)
-    found = reach * math.sqrt(disagreement / (n / design_effect + reach**2))
+    size = n / design_effect
+    found = reach * math.sqrt((disagreement / size + seed_variance) / (1 + reach**2 / size))
     return found if found <= disagreement else None
 
 

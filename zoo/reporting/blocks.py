@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from zoo.data.manifest import Dataset
-from zoo.evaluation.calibration import calibration_report
+from zoo.evaluation.calibration import apply_temperature, calibration_report
 from zoo.evaluation.predictions import Predictions, read_predictions
 from zoo.reporting.comparison import Comparison
 from zoo.reporting.html import figure
@@ -51,9 +51,9 @@ class Scored:
             if known[0].predictions_file("val").is_file():
                 val = read_predictions(known[0].predictions_file("val"))
                 record = known[0].record
-                self.calibration[name] = calibration_report(
-                    val, self.test[name][0], record.classes, record.negative_class
-                )
+                report = calibration_report(val, self.test[name][0], record.classes, record.negative_class)
+                self.calibration[name] = report
+                self.scaled[name] = apply_temperature(self.test[name][0], report["temperature"])
 
     @property
     def best(self) -> str | None:

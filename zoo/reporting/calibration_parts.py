@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.errors import one_line
+from zoo.evaluation.calibration import TEMPERATURES
 from zoo.reporting import curves
 from zoo.reporting.blocks import Scored, chart, grid, part, sentence, with_interval
 
@@ -23,7 +24,7 @@ def calibration_part(scored: Scored) -> dict[str, Any] | None:
         rows.append(
             [
                 name,
-                f"{report['temperature']:.2f}",
+                _temperature(report["temperature"]),
                 _error(before, "ece"),
                 _error(after, "ece"),
                 _error(after, "adaptive_ece"),
@@ -38,6 +39,11 @@ def calibration_part(scored: Scored) -> dict[str, Any] | None:
         "parts are those after it (CORP: isotonic regression)."
     )
     return part("Calibration", sentence(said), grid(heads, rows), chart(drawn, "reliability diagrams"))
+
+
+def _temperature(value: float) -> str:
+    """Return a temperature, and whether the fit ran into its limit."""
+    return f"{value:.2f}" + (" (limit)" if value in TEMPERATURES else "")
 
 
 def _error(quality: Mapping[str, Any], key: str) -> str:
@@ -66,8 +72,7 @@ def decision_part(scored: Scored) -> dict[str, Any] | None:
         "cases like those of val; by group and by class it is no promise. Referral: the lowest confidence on val at "
         f"which at most {_percent(asked['refer']['max_error'])} of what is answered is wrong; all below is for a human."
     )
-    first = {name: runs[0] for name, runs in scored.test.items()}
-    drawn = curves.plot_risk_coverage(first, {name: each["refer"] for name, each in scored.calibration.items()})
+    drawn = curves.plot_risk_coverage(scored.scaled, {name: each["refer"] for name, each in scored.calibration.items()})
     refer_heads = ["recipe", "answers from", "answered on val", "answered on test", "error among these"]
     return part(
         "Sets and referral",

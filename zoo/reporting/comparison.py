@@ -12,7 +12,7 @@ from zoo.errors import ZooError, nearest, one_line
 from zoo.evaluation.calibration import apply_temperature, fit_temperature
 from zoo.evaluation.metrics import METRIC_SIGN, ece_of, log_loss_of
 from zoo.evaluation.predictions import Predictions, read_predictions
-from zoo.evaluation.resampling import METRICS
+from zoo.evaluation.resampling import METRICS, RARE
 from zoo.evaluation.statistics import (
     MARGIN,
     Interval,
@@ -122,7 +122,7 @@ def make_comparison(
         rows=rows,
         environment=_environment([record for _, record in pairs]),
         leaks_accepted=leaks_accepted or any(record.leaks_accepted for _, record in pairs),
-        notes=_notes(rows, metric, looks),
+        notes=_notes(rows, metric, looks, _rare_classes(predictions, first.classes)),
         negative_class=first.negative_class,
         metric=metric,
         relative_to=next(iter(found.letters), None),
@@ -156,7 +156,8 @@ def _join_failures(groups: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
     finished = {key[0]: key for key, group in groups.items() if any(r.status == "finished" for _, r in group)}
     joined: dict[Any, list[Any]] = {}
     for key, group in groups.items():
-        failed = all(record.status == "failed" for _, record in group)
+        # What failed in a folder of its own has an identity, and may be of an older recipe.
+        failed = all(record.status == "failed" and run is None for run, record in group)
         joined.setdefault(finished.get(key[0], key) if failed else key, []).extend(group)
     return joined
 
@@ -165,7 +166,7 @@ def _predictions(group: list[tuple[Run | None, RunRecord]]) -> list[Predictions]
     return [
         read_predictions(run.predictions_file("test"))
         for run, record in sorted(group, key=lambda pair: pair[1].seed)
-        if run is not None and record.status == "finished" and run.predictions_file("test").is_file()
+        if run is not None and record.status == "finished" and run.scored("test")
     ]
 
 
@@ -255,7 +256,7 @@ def _row(
     }
     scored: list[dict[str, Any]] = []
     for split in ("val", "test"):
-        metrics = [run.metrics(split) for run, _ in finished if run.metrics_file(split).is_file()]
+        metrics = [_metrics(run, split) for run, _ in finished if run.scored(split)]
         scored += metrics if split == "test" else []
         for score in SCORES:
             values = [each[score] for each in metrics if each.get(score) is not None]
@@ -269,7 +270,7 @@ def _row(
     row |= _calibrated(finished)
     row["test_top1_seeds"] = [float((each.y_pred == each.y_true).mean()) for each in predictions]
     row["test_images"] = len(predictions[0].y_true) if predictions else None
-    row["test_groups"] = len(set(predictions[0].groups.tolist())) if predictions else None
+    row["test_groups"] = int(predictions[0].group_codes.max()) + 1 if predictions else None
     row["letters"] = found.letters.get(label)
     row["train_s"] = _mean([record.train_s for _, record in finished])
     row["images_per_s"] = _mean([record.images_per_s for _, record in finished])
@@ -292,6 +293,19 @@ def _calibrated(finished: list[tuple[Run, RunRecord]]) -> dict[str, Any]:
         found["test_ece_calibrated"].append(ece_of(scaled.y_true, scaled.y_score))
         found["test_log_loss_calibrated"].append(log_loss_of(scaled.y_true, scaled.y_score))
     return {key: _mean(values) for key, values in found.items()}
+
+
+def _metrics(run: Run, split: str) -> dict[str, Any]:
+    """Return a run's metrics; raises ZooError where they are not those of its predictions."""
+    found = run.metrics(split)
+    predictions = read_predictions(run.predictions_file(split))
+    top1 = float((predictions.y_pred == predictions.y_true).mean()) if len(predictions.y_true) else math.nan
+    if not isinstance(found.get("top1"), (int, float)) or abs(found["top1"] - top1) > 1e-6:
+        raise ZooError(
+            f"{str(run.metrics_file(split))!r} does not belong to the predictions beside it (top1 {found.get('top1')}, "
+            f"of the predictions {top1:.6f}); remove both and score the run again"
+        )
+    return found
 
 
 def _mark_floors(rows: list[dict[str, Any]], floors: list[dict[str, Any]], metric: str) -> None:
@@ -319,7 +333,11 @@ def _sorted(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
             f"a table can be sorted by one of {shown}, or val_ in place of test_. "
             f"Got {one_line(by)!r}{nearest(by, known)}"
         )
-    ascending = by.endswith(("log_loss", "brier", "ece", "train_s", "params", "recipe", "model"))
+    if any(isinstance(row[by], list) for row in rows):
+        raise ZooError(f"a table cannot be sorted by {one_line(by)!r}, which is a list; take another column")
+    ascending = by.removesuffix("_calibrated").endswith(
+        ("log_loss", "brier", "ece", "train_s", "params", "recipe", "model")
+    )
 
     def order(row: dict[str, Any]) -> tuple[bool, bool, Any, str]:
         value = row[by]
@@ -350,7 +368,7 @@ def _environment(records: list[RunRecord]) -> dict[str, Any]:
     }
 
 
-def _notes(rows: list[dict[str, Any]], metric: str, looks: dict[str, Any]) -> list[str]:
+def _notes(rows: list[dict[str, Any]], metric: str, looks: dict[str, Any], rare: list[str]) -> list[str]:
     notes = []
     if looks["scorings"]:
         recipes = f"{looks['recipes']} recipe{'s' if looks['recipes'] != 1 else ''}"
@@ -364,10 +382,28 @@ def _notes(rows: list[dict[str, Any]], metric: str, looks: dict[str, Any]) -> li
     groups = min((row["test_groups"] for row in rows if row["test_groups"]), default=None)
     if groups is not None and groups < 20:
         notes.append(f"the test split has only {groups} groups: intervals and ties are rough, and rather too narrow")
+    single = [row["recipe"] for row in rows if len(row["test_top1_seeds"]) == 1]
+    if single and len(rows) > 1:
+        notes.append(f"one seed alone: letters tell these runs apart, not the recipes: {', '.join(single)}")
+    notes += rare
     skipped = {row["recipe"]: row["images_skipped"] for row in rows if row["images_skipped"]}
     if skipped:
         notes.append(f"images left out as unreadable: {skipped}")
     return notes
+
+
+def _rare_classes(predictions: dict[str, list[Predictions]], classes: list[str]) -> list[str]:
+    """Say which classes have few groups in test: means over classes, and what is said of these, are rough."""
+    one = next((each[0] for each in predictions.values() if each), None)
+    if one is None:
+        return []
+    units = {name: len(set(one.group_codes[one.y_true == place].tolist())) for place, name in enumerate(classes)}
+    few = sorted((count, name) for name, count in units.items() if count < RARE)
+    if not few:
+        return []
+    shown = ", ".join(f"{one_line(name, 40)} ({count})" for count, name in few[:6])
+    more = f" and {len(few) - 6} more" if len(few) > 6 else ""
+    return [f"fewer than {RARE} groups or images of a class in test, so its scores are rough: {shown}{more}"]
 
 
 def _times(count: int) -> str:

@@ -120,7 +120,7 @@ def _limits(c: Comparison) -> list[str]:
     equal = [pair for pair in c.pairs if pair["equivalent"]]
     found = [
         f"Differences between two recipes are known to about ±{_points([statistics.median(halves)], c.metric)} on this "
-        "split; what is smaller comes out as a tie."
+        "split, each pair for itself; with all pairs at once it takes more to tell two apart."
     ]
     if equal:
         margin = _points([equal[0]["margin"]], c.metric)

@@ -177,7 +177,7 @@ def _runs_part(material: Material) -> dict[str, Any]:
     heads = ["recipe", "seeds", "top1 of each", "sd of seeds", "error by seeds", "error by test images"]
     said = (
         f"Two sources of error of test {comparison.metric}: which seeds were drawn (sd / √seeds), and which test "
-        "images; the interval holds both. Scores are means over seeds, never the best of them."
+        "images; of several seeds the interval holds both. Scores are means over seeds, never the best of them."
     )
     return part("Seeds and recipes", sentence(said), grid(heads, rows), {"kind": "recipes", "recipes": recipes})
 

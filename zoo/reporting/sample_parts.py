@@ -162,8 +162,8 @@ def _complementary(missed: Mapping[str, np.ndarray]) -> list[str]:
     gain, one, two = max(found)
     return [
         f"The most complementary errors have {one} and {two}: who always asked the right one of the two would err on "
-        f"{100 * gain:.1f} points fewer images than with the better one alone. No such oracle exists; a gain near 0 "
-        "says that an ensemble cannot help."
+        f"{100 * gain:.1f} points fewer images than with the better one alone. No such oracle exists: it is a "
+        "bound on choosing between them."
     ]
 
 
@@ -177,7 +177,9 @@ def _image_blocks(scored: Scored, material: Material, all_missed: np.ndarray) ->
     y_true, ids = runs[0].y_true, runs[0].sample_ids
     of_true = score[np.arange(len(y_true)), y_true]
     order = np.argsort(of_true, kind="stable")
-    suspects = [i for i in order if all_missed[i] and score[i].max() >= 0.5 and score[i].argmax() != y_true[i]]
+    said = np.stack([np.mean([run.y_score for run in each], axis=0).argmax(axis=1) for _, each in _sorted(scored)])
+    agreed = (said == said[0]).all(axis=0) & (said[0] != y_true)
+    suspects = [i for i in order if all_missed[i] and agreed[i]]
     hardest = [i for i in order if i not in set(suspects[:_SHOWN_IMAGES])]
     blocks = []
     for name, text, chosen in (

@@ -90,7 +90,11 @@ def title(comparison: Comparison) -> str:
 
 def legend(comparison: Comparison) -> str:
     """Return what the table's signs mean, in a few sentences."""
-    best = f" a: not told apart from {comparison.relative_to}, the best." if comparison.relative_to else ""
+    best = (
+        f" The best mean has {comparison.relative_to}; who shares no letter with it is worse."
+        if comparison.relative_to
+        else ""
+    )
     return (
         "Mean ±sd over seeds. 95% CI: bootstrap of test images by group, and of seeds. Ties: recipes that share a "
         f"letter are not told apart at 5 % (paired bootstrap of {comparison.metric}, Holm).{best} †: the interval does "
