@@ -210,13 +210,18 @@ def sentences(found: dict[str, Any]) -> list[str]:
     tenth = next(row for row in found["differences"] if row["disagreement"] == 0.1)
     said.append(
         f"Of {_pairs(found['pairs'])}, two models that disagree on 10 % of the images are told apart, with 80 % power, "
-        f"from this difference on: {_between(tenth['by_images'], tenth['by_groups'])}; less will often come out as a tie."
+        f"from this difference on: {_between(tenth['by_images'], tenth['by_groups'])}; less will often be a tie."
     )
     known = found["measured"]
     if known is not None and known["difference"] is not None:
         said.append(
             f"{known['recipes']} recipes scored here disagree on {100 * known['disagreement']:.0f} % (median): "
             f"such pairs, with the seeds' part, are told apart from {100 * known['difference']:.1f} points on."
+        )
+    if known is not None and known["difference"] is None:
+        said.append(
+            f"{known['recipes']} recipes scored here disagree on {100 * known['disagreement']:.0f} % (median): with the "
+            "seeds' part no such pair would reliably be told apart."
         )
     seeds = found["seeds"]
     source = "assumed" if seeds["assumed"] else "seen here"
