@@ -220,8 +220,8 @@ def sentences(found: dict[str, Any]) -> list[str]:
         )
     if known is not None and known["difference"] is None:
         said.append(
-            f"{known['recipes']} recipes scored here disagree on {100 * known['disagreement']:.0f} % (median): with the "
-            "seeds' part no such pair would reliably be told apart."
+            f"{known['recipes']} recipes scored here disagree on {100 * known['disagreement']:.0f} % (median): with "
+            "the seeds' part no such pair would reliably be told apart."
         )
     seeds = found["seeds"]
     source = "assumed" if seeds["assumed"] else "seen here"
