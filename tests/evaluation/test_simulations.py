@@ -52,8 +52,8 @@ def test_intervals_cover_what_they_say(truth, n, groups):
             hits[metric] += interval.low <= truth[metric] <= interval.high
         low, high = wilson_interval((run.y_pred == run.y_true).sum(), n)
         naive += low <= truth["top1"] <= high
-    # 600 simulations know a coverage of 95 % to 0.9 points.
-    assert all(0.93 <= count / 600 <= 0.975 for count in hits.values()), hits
+    # 93 to 97 %, and one standard error of 600 simulations, 0.9 points; longer runs stand in docs/statistics.md.
+    assert all(0.921 <= count / 600 <= 0.979 for count in hits.values()), hits
     if groups:
         assert naive / 600 < 0.8  # Wilson's interval, which takes every image for itself
 
