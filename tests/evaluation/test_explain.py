@@ -64,19 +64,43 @@ def test_of_a_network_that_is_not_timms_it_is_captums_grad_cam_too():
     assert maps.shape[0] == 2 and min(maps.shape[1:]) > 1
 
 
-def test_of_tokens_it_is_gradient_times_token_at_the_last_block():
+def test_of_a_class_token_it_is_grad_cam_at_the_last_block_s_first_norm():
     model, images = made("test_vit", 160)
     targets = torch.tensor([0, 1, 2, 1])
-    # By hand: all blocks but the last, then the last and the head.
+    block = model.blocks[-1]
     with torch.no_grad():
         tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-        for block in model.blocks[:-1]:
-            tokens = block(tokens)
-    tokens = tokens.clone().requires_grad_()
-    logits = model.forward_head(model.norm(model.blocks[-1](tokens)))
-    logits.gather(1, targets[:, None]).sum().backward()
-    expected = (tokens * tokens.grad).sum(2)[:, model.num_prefix_tokens :].detach().reshape(4, 1, 10, 10)
-    assert torch.allclose(activation_maps(model, images, targets), scaled(expected), atol=1e-5)
+        for each in model.blocks[:-1]:
+            tokens = each(tokens)
+        normed = block.norm1(tokens)
+    normed = normed.clone().requires_grad_()
+    # By hand: the block's two halves, then the last norm and the head.
+    after = tokens + block.drop_path1(block.ls1(block.attn(normed)))
+    after = after + block.drop_path2(block.ls2(block.mlp(block.norm2(after))))
+    model.forward_head(model.norm(after)).gather(1, targets[:, None]).sum().backward()
+    weights = normed.grad[:, model.num_prefix_tokens :].mean(dim=1, keepdim=True)
+    expected = (weights * normed.detach()[:, model.num_prefix_tokens :]).sum(2).reshape(4, 1, 10, 10)
+    assert torch.allclose(activation_maps(model, images, targets), scaled(expected), atol=1e-4)
+
+
+def test_of_pooled_tokens_it_is_grad_cam_of_the_final_ones():
+    model, images = made("test_vit", 160, global_pool="avg")
+    targets = torch.tensor([0, 1, 2, 1])
+    tokens = model.forward_features(images).detach().requires_grad_()
+    model.forward_head(tokens).gather(1, targets[:, None]).sum().backward()
+    weights = tokens.grad[:, model.num_prefix_tokens :].mean(dim=1, keepdim=True)
+    expected = (weights * tokens.detach()[:, model.num_prefix_tokens :]).sum(2).reshape(4, 1, 10, 10)
+    assert torch.allclose(activation_maps(model, images, targets), scaled(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_resnet", "mixer_s32_224", "levit_128s"])
+def test_a_map_is_more_than_rounding(name):
+    # What cancels but for rounding comes out otherwise in float64.
+    model, images = made(name, 224 if "_224" in name or "levit" in name else 160)
+    targets = torch.tensor([0, 1, 2, 1])
+    single = activation_maps(model, images, targets)
+    assert torch.allclose(single, activation_maps(model.double(), images.double(), targets), atol=5e-3)
+    assert single.any()
 
 
 @pytest.mark.parametrize(
@@ -138,6 +162,18 @@ def test_the_model_is_left_as_it_was(training):
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
         assert all(parameter.grad is None for parameter in model.parameters())
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_part_that_is_frozen_stays_so_and_inference_mode_is_no_hindrance():
+    model, images = made("test_resnet", 96)
+    model.train()
+    frozen = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    frozen.eval()
+    expected = activation_maps(model, images, torch.tensor([0, 1, 2, 1]))
+    assert model.training and not frozen.training
+    with torch.inference_mode():
+        made_there, targets = images.clone(), torch.tensor([0, 1, 2, 1])
+        assert torch.equal(activation_maps(model, made_there, targets), expected)
 
 
 def test_a_network_without_a_map_is_refused():

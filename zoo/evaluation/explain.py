@@ -20,24 +20,27 @@ _STRENGTH = 0.6  # of the colour where the map is 1
 def activation_maps(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return for each image where evidence for a class was found: (B, h, w) float32 in [0, 1] on the CPU.
 
-    images: (B, 3, S, S) normalised, on the model's device. targets: (B,) class indices. Networks with a last feature
-    map: Grad-CAM on it (Selvaraju et al. 2017, arXiv 1610.02391). Networks of tokens: gradient times token at the
-    entry of the last block, summed over channels (as HiResCAM, Draelos and Carin 2020, arXiv 2011.08891): what
-    leaves that block reaches the classifier through the class token alone. Each map is scaled to a highest value of 1;
-    one without evidence is all 0. The model is left as it was. Raises ZooError where it has no map of its image.
+    images: (B, 3, S, S) normalised, on the model's device. targets: (B,) class indices. Grad-CAM (Selvaraju et al.
+    2017, arXiv 1610.02391): on the last feature map; in networks of tokens on the final ones where the head pools
+    them, else on what the first norm of the last block gives, for what patches are after that reaches no class token.
+    (Not on that block's input: a norm takes its scale away, so gradient times token there sums to nothing but
+    rounding.) Each map is scaled to a highest value of 1; one without evidence is all 0. The model is left as it was.
+    Raises ZooError where it has no map of its image.
     """
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.enable_grad():
-            values, logits = _caught(model, images)
-            picked = logits.gather(1, targets.to(logits.device).view(-1, 1)).sum()
+        with torch.inference_mode(False), torch.enable_grad():
+            # Copies: what was made in inference mode can take no part in a gradient.
+            values, logits = _caught(model, images.detach().clone())
+            picked = logits.gather(1, targets.detach().clone().to(logits.device).view(-1, 1)).sum()
             (gradient,) = torch.autograd.grad(picked, values)
-        maps = _weighted(model, values.detach(), gradient)
+            maps = _weighted(model, values.detach(), gradient)
     except RuntimeError as error:
         raise ZooError(f"{type(model).__name__} cannot be explained: {one_line(error, 160)}") from error
     finally:
-        model.train(training)
+        for module, mode in modes.items():  # each its own: a part may be frozen
+            module.training = mode
     highest = maps.amax(dim=(1, 2), keepdim=True)
     return torch.where(highest > 0, maps / highest.clamp_min(1e-30), torch.zeros_like(maps)).float().cpu()
 
@@ -48,29 +51,43 @@ def _caught(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch
     if hasattr(network, "forward_features") and hasattr(network, "forward_head"):  # timm's documented halves
         with torch.no_grad():
             values = network.forward_features(images)
-        if isinstance(values, torch.Tensor) and values.ndim == 4:
-            values = values.clone().requires_grad_()
-            return values, network.forward_head(values.clone())  # some heads write to their input
-        return _at_entry(model, images)
+        if not isinstance(values, torch.Tensor) or values.ndim not in (3, 4):
+            return _at_last_map(model, images)
+        values = values.clone().requires_grad_()
+        logits = network.forward_head(values.clone())  # some heads write to their input
+        return (
+            (values, logits) if values.ndim == 4 or _patches_count(model, values, logits) else _at_norm(model, images)
+        )
     return _at_last_map(model, images)
 
 
-def _at_entry(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Catch what enters the last block of tokens, by timm's `feature_info`."""
+def _patches_count(model: nn.Module, values: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Return whether the head reads patch tokens, and not the class token alone."""
+    (gradient,) = torch.autograd.grad(logits.sum(), values, retain_graph=True)
+    return bool(gradient[:, _prefix_tokens(model) :].any())
+
+
+def _prefix_tokens(model: nn.Module) -> int:
+    return int(getattr(model, "num_prefix_tokens", 0) or 0)
+
+
+def _at_norm(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Catch what the first norm of the last block gives, by timm's `feature_info`."""
     info = getattr(model, "feature_info", None)
     try:
         block = model.get_submodule(str(info[-1]["module"]) if info else "")
     except (AttributeError, KeyError, IndexError, TypeError):
         raise _no_map(model) from None
-    if block is model:
+    norm = next((module for module in block.modules() if "Norm" in type(module).__name__), None)
+    if block is model or norm is None:
         raise _no_map(model)
     caught: list[torch.Tensor] = []
 
-    def catch(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        caught.append(inputs[0].detach().clone().requires_grad_())
-        return (caught[0].clone(), *inputs[1:])
+    def catch(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        caught[:] = [output.detach().clone().requires_grad_()]
+        return caught[0].clone()
 
-    return _run(model, images, caught, lambda: block.register_forward_pre_hook(catch))
+    return _run(model, images, caught, lambda: norm.register_forward_hook(catch))
 
 
 def _at_last_map(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,17 +131,18 @@ def _run(
 
 def _weighted(model: nn.Module, values: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Return maps (B, h, w), 0 where evidence speaks against the class."""
-    if values.ndim == 4:
-        if getattr(model, "output_fmt", "NCHW") == "NHWC":
-            values, gradient = values.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2)
-        weights = gradient.mean(dim=(2, 3), keepdim=True)
-        return (weights * values).sum(dim=1).relu()
-    if values.ndim != 3:
+    if values.ndim == 3:
+        skipped = _prefix_tokens(model)
+        height, width = _token_grid(model, values.shape[1] - skipped)
+        values, gradient = (
+            each[:, skipped:].transpose(1, 2).reshape(len(each), -1, height, width) for each in (values, gradient)
+        )
+    elif values.ndim != 4:
         raise _no_map(model)
-    skipped = int(getattr(model, "num_prefix_tokens", 0) or 0)
-    tokens = (values * gradient).sum(dim=2)[:, skipped:]
-    height, width = _token_grid(model, tokens.shape[1])
-    return tokens.reshape(-1, height, width).relu()
+    elif getattr(model, "output_fmt", "NCHW") == "NHWC":
+        values, gradient = values.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2)
+    weights = gradient.mean(dim=(2, 3), keepdim=True)
+    return (weights * values).sum(dim=1).relu()
 
 
 def _token_grid(model: nn.Module, count: int) -> tuple[int, int]:
