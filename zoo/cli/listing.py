@@ -8,6 +8,7 @@ import typer
 
 from zoo.cli.screen import HomeOption, JsonOption
 
+_HIDDEN = ("path", "hub_id", "origin", "split_digest", "mean", "std", "sha256", "size_bytes")
 KINDS = ("models", "recipes", "datasets", "benchmarks", "runs")
 
 
@@ -22,6 +23,7 @@ def list_(
     kind: Annotated[str, typer.Argument(metavar="|".join(KINDS), help="What to list.")],
     pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern such as 'resnet*'.")] = "",
     at_hand: Annotated[bool, typer.Option("--at-hand", help="Models whose weights are on this machine.")] = False,
+    carried: Annotated[bool, typer.Option("--carried", help="Models whose weights this package carries.")] = False,
     json: JsonOption = False,
     home: HomeOption = None,
 ) -> None:
@@ -30,7 +32,7 @@ def list_(
     from zoo.errors import ZooError, nearest, one_line
 
     makers = {
-        "models": lambda: _models(pattern, at_hand),
+        "models": lambda: _carried(pattern) if carried and not json else _models(pattern, at_hand, carried),
         "recipes": _recipes,
         "datasets": _datasets,
         "benchmarks": _benchmarks,
@@ -38,6 +40,8 @@ def list_(
     }
     if kind not in makers:
         raise ZooError(f"zoo list takes one of {', '.join(KINDS)}. Got {one_line(kind)!r}{nearest(kind, KINDS)}")
+    if (carried or at_hand) and kind != "models":
+        raise ZooError(f"--carried and --at-hand go with `zoo list models` alone. Got {kind}; leave them out")
     rows = [row for row in makers[kind]() if kind == "models" or _matches(row["name"], pattern)]
     if json:
         print_json(rows)
@@ -45,11 +49,13 @@ def list_(
     if not rows:
         typer.echo(f"no {kind} here{f' match {pattern!r}' if pattern else ''}")
         return
-    shown = [key for key in rows[0] if key not in ("path", "hub_id", "origin", "split_digest")]
+    shown = [key for key in rows[0] if key not in _HIDDEN]
     if console().width < 110 and kind == "recipes":
         shown.remove("model")
+    if kind == "models" and not carried:
+        shown.remove("summary")
     cells = [[_cell(row.get(key)) for key in shown] for row in rows]
-    numbers = ("params", "image size", "images", "classes", "seeds", "val top1", "test top1", "train s")
+    numbers = ("params", "image size", "images", "classes", "seeds", "val top1", "test top1", "train s", "MB")
     heads = [key.replace("_", " ") for key in shown]
     print_table(heads, cells, numbers=numbers, folded=("name",), cut=("summary", "reason"))
 
@@ -72,7 +78,23 @@ def _cell(value: Any) -> str:
     return one_line(", ".join(map(str, value)) if isinstance(value, list) else value, 120)
 
 
-def _models(pattern: str, at_hand: bool) -> list[dict[str, Any]]:
+def _carried(pattern: str) -> list[dict[str, Any]]:
+    """Return what the table of carried weights shows; without their SHA-256, for which no screen is wide enough."""
+    return [
+        {
+            "name": row["name"],
+            "params": row["params"],
+            "MB": f"{row['size_bytes'] / 1e6:.2f}",
+            "image_size": row["image_size"],
+            "mean/std": f"{row['mean'][0]:g}/{row['std'][0]:g}",
+            "licence": row["licence"],
+            "summary": row["summary"],
+        }
+        for row in _models(pattern, False, True)
+    ]
+
+
+def _models(pattern: str, at_hand: bool, carried: bool) -> list[dict[str, Any]]:
     from zoo.models.registry import list_models
 
     return [
@@ -84,9 +106,14 @@ def _models(pattern: str, at_hand: bool) -> list[dict[str, Any]]:
             "weights_at_hand": spec.weights_at_hand,
             "hub_id": spec.hub_id,
             "origin": spec.origin,
+            "summary": spec.summary,
+            "mean": list(spec.preprocessing.mean),
+            "std": list(spec.preprocessing.std),
+            "sha256": spec.sha256,
+            "size_bytes": spec.size_bytes,
         }
         for spec in list_models(pattern or "*")
-        if spec.weights_at_hand or not at_hand
+        if (spec.weights_at_hand or not at_hand) and (spec.origin == "carried" or not carried)
     ]
 
 

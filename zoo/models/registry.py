@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError, nearest, one_line
 from zoo.models import nets
+from zoo.models.carried import CarriedWeights, carried_weights
 from zoo.models.fingerprint import network_digest
 from zoo.models.nets import classifier_of, classifiers_of, count_params
 from zoo.models.spec import (
@@ -171,6 +172,7 @@ def _timm_rows(arch: str, found: AtHand) -> Iterator[ModelSpec]:
     rows = [_timm_row(name, arch, cfg) for name, cfg in cfgs.items() if cfg.has_weights]
     rows = rows or [replace(plain, hub_id="", url="", summary="timm publishes no weights")]
     rows += [_known_row(plain, name) for name in KNOWN_WEIGHTS if name.partition(".")[0] == arch]
+    rows += [_carried_row(plain, each) for name, each in carried_weights().items() if name.partition(".")[0] == arch]
     yield from rows
     yield from _file_rows(plain, rows, found)
 
@@ -213,6 +215,24 @@ def _known_row(plain: ModelSpec, name: str) -> ModelSpec:
         summary=known.summary,
         sha256=known.sha256,
         options=known.options,
+    )
+
+
+def _carried_row(plain: ModelSpec, carried: CarriedWeights) -> ModelSpec:
+    return replace(
+        plain,
+        name=carried.name,
+        tag=carried.name.partition(".")[2],
+        origin="carried",
+        preprocessing=Preprocessing.model_validate(
+            {key: getattr(carried, key) for key in ("image_size", "crop_pct", "interpolation", "mean", "std")}
+        ),
+        licence=carried.licence,
+        hub_id="",
+        url="",
+        summary=carried.summary,
+        sha256=carried.sha256,
+        size_bytes=carried.size_bytes,
     )
 
 

@@ -29,17 +29,18 @@ class ModelSpec:
     """One row of the registry: an architecture, perhaps with the tag of its weights, and its preprocessing.
 
     name: `arch.tag`, or `arch` where there is no tag. origin: `timm`; `zoo` (simple_cnn); `own` (registered
-    by the user); `file` (weights outside timm, found by name in ZOO_WEIGHTS). params: parameters with 1000
-    classes, None where that cannot be told. licence: of the weights, as their source states it.
+    by the user); `file` (weights outside timm, found by name in ZOO_WEIGHTS); `carried` (weights in this
+    package). params: parameters with 1000 classes, None where that cannot be told. licence: of the weights, as
+    their source states it.
     fixed_input_size: built for one image size, which `create_model` may change. hub_id, url: where the
-    weights are published, or empty. weights_at_hand: `file`, `hub cache` or empty. sha256: of the weights,
-    where known in advance. options: what the architecture is built with.
+    weights are published, or empty. weights_at_hand: `file`, `carried`, `hub cache` or empty. sha256,
+    size_bytes: of the weights, where known in advance. options: what the architecture is built with.
     """
 
     name: str
     arch: str
     tag: str
-    origin: Literal["timm", "zoo", "own", "file"]
+    origin: Literal["timm", "zoo", "own", "file", "carried"]
     params: int | None
     preprocessing: Preprocessing
     licence: str
@@ -49,6 +50,7 @@ class ModelSpec:
     weights_at_hand: str = ""
     summary: str = ""
     sha256: str | None = None
+    size_bytes: int | None = None
     options: nets.Options = ()
 
 

@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: a path, the folder ZOO_WEIGHTS, the hub's cache, the hub."""
+"""Where pretrained weights come from: a path, the folder ZOO_WEIGHTS, this package, the hub's cache, the hub."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from zoo.errors import ZooError, nearest, one_line
 from zoo.files import Home, user_path
 from zoo.models import hub
+from zoo.models.carried import carried_weights
 from zoo.models.loading import LoadReport, load_weights
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class WeightsFile:
 
     path: Path
     sha256: str
-    origin: Literal["recipe path", "ZOO_WEIGHTS", "hub cache", "hub"]
+    origin: Literal["recipe path", "ZOO_WEIGHTS", "carried", "hub cache", "hub"]
     location: str
 
 
@@ -124,10 +125,12 @@ def _folder_files() -> list[Path]:
 
 
 def weights_at_hand(spec: ModelSpec, found: AtHand | None = None) -> str:
-    """Return `file`, `hub cache`, or an empty string where the model's weights are not on this machine.
+    """Return `carried`, `file`, `hub cache`, or an empty string where the model's weights are not on this machine.
 
     found: what `scan_weights()` gave, for many models at once. Nothing is read or verified.
     """
+    if spec.origin == "carried":
+        return "carried"
     found = found or scan_weights()
     if _in_folder(spec, found):
         return "file"
@@ -138,15 +141,18 @@ def weights_at_hand(spec: ModelSpec, found: AtHand | None = None) -> str:
 def resolve_weights(spec: ModelSpec, source: str, root: Home, offline: bool = False) -> WeightsFile | None:
     """Return the verified file that holds the model's weights; None where source is `scratch`.
 
-    source: `scratch`; `pretrained`: the folder ZOO_WEIGHTS, else the hub's cache, else the hub; or the path
-    of a .safetensors, .pth or .pt file, below the home's root where it is relative. offline: open no
-    connection (so does HF_HUB_OFFLINE=1). Raises ZooError, at once, where no file can be had or a
-    file is not what it should be.
+    source: `scratch`; `pretrained`: where the name says carried weights, this package; else the folder ZOO_WEIGHTS, the
+    hub's cache, the hub; or the path of a .safetensors, .pth or .pt file, below the home's root where it is relative.
+    offline: open no connection (so does HF_HUB_OFFLINE=1). Raises ZooError, at once, where no file can be had or
+    a file is not what it should be.
     """
     if source == "scratch":
         return None
     if source != "pretrained":
         return _from_path(spec, source, root)
+    if spec.origin == "carried":
+        carried = carried_weights()[spec.name].path
+        return WeightsFile(carried, hub.checked_sha256(carried, spec.sha256), "carried", f"zoo/{carried.name}")
     in_folder = _from_folder(spec)
     if in_folder:
         return in_folder
@@ -218,7 +224,8 @@ def known_tags(arch: str) -> list[str]:
     """Return the tags under which timm, or the zoo's own table, knows weights of an architecture."""
     import timm
 
-    known = [name.partition(".")[2] for name in KNOWN_WEIGHTS if name.startswith(f"{arch}.")]
+    named = (*KNOWN_WEIGHTS, *carried_weights())
+    known = [name.partition(".")[2] for name in named if name.startswith(f"{arch}.")]
     if not timm.is_model(arch):
         return known
     cfgs = timm.models.get_arch_pretrained_cfgs(arch)
@@ -247,9 +254,16 @@ def _no_weights(spec: ModelSpec, reason: str) -> ZooError:
     repo, _, _ = spec.hub_id.partition("@")
     fetch = f"`hf download {repo} {hub.HUB_FILES[0]}`" if repo else spec.url or "for a tag that a hub has"
     return ZooError(
-        f"cannot get pretrained weights for {spec.name!r}: {reason}. Four ways out: (1) name a file in the "
+        f"cannot get pretrained weights for {spec.name!r}: {reason}. Five ways out: (1) name a file in the "
         f'recipe, [model] weights = "FILE"; (2) put {file} (or .pth) into {here}; (3) fill the hub\'s cache '
         f"on a machine with a network, {fetch}, and copy it here; (4) go online, without --offline and with "
-        'HF_HUB_OFFLINE unset. Random weights are never taken silently: [model] weights = "scratch" asks for '
-        "them"
+        f"HF_HUB_OFFLINE unset; (5) take small weights that this package carries and that work now, [model] name = "
+        f'{_remedy(spec.arch)}. Random weights are never taken silently: [model] weights = "scratch" asks for them'
     )
+
+
+def _remedy(arch: str) -> str:
+    """Return the carried weights to name: those of the architecture itself, where there are any, else all."""
+    names = sorted(carried_weights())
+    own = [name for name in names if name.partition(".")[0] == arch]
+    return " or ".join(f'"{name}"' for name in own or names)
