@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.benchmark.comparisons import comparison_of
-from zoo.benchmark.definition import load_benchmark
+from zoo.benchmark.definition import Benchmark, load_benchmark, results_folder
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.statistics import MARGIN
@@ -37,15 +37,24 @@ def report(
     probed and in all. Raises ZooError where nothing was run, runs cannot be compared, or the file cannot be written.
     """
     root = root or home()
+    named = load_benchmark(name, root) if name is not None else None
+    one_of_many = named is not None and named.datasets and data is not None
+    if one_of_many and named is not None:
+        named, data = named.model_copy(update={"dataset": data}), None
     if sum(each is not None for each in (name, data, runs)) != 1:
         raise ZooError("a report is of a benchmark, or of --data N; name one of `zoo list benchmarks`")
+    if named is not None and not named.dataset:
+        raise ZooError(
+            f"benchmark {named.name!r} has several datasets; name one: zoo report {named.name} --data "
+            f"{named.datasets[0]}"
+        )
     found: list[Run | RunRecord] | None = None
-    if name is not None:
-        found = _benchmark_runs(name, root)
+    if named is not None:
+        found = _benchmark_runs(named, root)
     elif runs is not None:
         found = [find_run(run, root) if isinstance(run, str) else run for run in runs]
-    named = load_benchmark(name, root).name if name else None
-    file = _output(output, root, f"{named}/report" if named else f"{data}/all-runs" if data else "report")
+    folder = results_folder(named, root).relative_to(root.benchmarks) if named else None
+    file = _output(output, root, f"{folder}/report" if folder else f"{data}/all-runs" if data else "report")
     comparison = comparison_of(found, data=data, root=root, metric=metric, margin=margin)
     by_recipe: dict[str, list[Run]] = {}
     known = {run.record.run: run for run in found or [] if isinstance(run, Run)}  # which may lie anywhere
@@ -97,10 +106,9 @@ def _output(output: str | Path | None, root: Home, name: str) -> Path:
     return file
 
 
-def _benchmark_runs(name: str, root: Home) -> list[Run | RunRecord]:
+def _benchmark_runs(wanted: Benchmark, root: Home) -> list[Run | RunRecord]:
     """Return the runs that a benchmark's table names; what failed before it had a folder as a record."""
-    wanted = load_benchmark(name, root)
-    file = root.benchmarks / wanted.name / "table.json"
+    file = results_folder(wanted, root) / "table.json"
     if not file.is_file():
         raise ZooError(f"benchmark {wanted.name!r} has no table yet; run it with `zoo bench {wanted.name}`")
     table = read_json(file)

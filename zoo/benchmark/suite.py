@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from zoo.benchmark.definition import Benchmark, load_benchmark
+from zoo.benchmark.definition import Benchmark, load_benchmark, results_folder
 from zoo.benchmark.results import dataset_floors, write_results
 from zoo.data.leaks import refuse_leaks
 from zoo.data.manifest import Dataset, load_dataset, split_summary
-from zoo.errors import Interrupted, ZooError
+from zoo.errors import Interrupted, ZooError, one_line
 from zoo.evaluation.ledger import looks_at_test
 from zoo.files import Home, check_name, check_writable, home
 from zoo.recipe import load_recipe
@@ -20,9 +20,6 @@ from zoo.runs import Run, RunRecord
 from zoo.training.loop import OnTick, train_plan
 from zoo.training.plan import Plan, failed_record, make_plan
 from zoo.training.scoring import evaluate
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -71,13 +68,19 @@ def bench(
     """
     root = root or home()
     wanted = _wanted(name, data, recipes, seeds, root)
+    if not wanted.dataset:
+        raise ZooError(
+            f"benchmark {wanted.name!r} has {len(wanted.datasets)} datasets and more: zoo.bench_all runs them all, "
+            f"data={wanted.datasets[0]!r} one"
+        )
     dataset = load_dataset(wanted.dataset, root)
     accepted = refuse_leaks(dataset, accept_leaks)
-    folder = root.benchmarks / wanted.name
+    folder = results_folder(wanted, root)
     check_writable(folder)
     check_writable(root.runs)
     tell = on_step or (lambda _: None)
-    steps = _plan_all(wanted, dataset, root, overrides or {}, offline, bad_images, tell)
+    left_out: list[str] = []
+    steps = _plan_all(wanted, dataset, root, overrides or {}, offline, bad_images, tell, left_out)
     runs: list[Run | RunRecord] = []
     for number, step in enumerate(steps, 1):
         runs.append(_run_one(number, len(steps), step, bad_images, on_tick, tell))
@@ -89,6 +92,7 @@ def bench(
         images={split: facts["images"] for split, facts in summary.items()},
         looks=looks_at_test(root, dataset.split_digest),
     )
+    comparison = replace(comparison, notes=[*left_out, *comparison.notes])
     write_results(folder, comparison, dataset, root, bad_images)
     failed = sum(1 for run in runs if isinstance(run, RunRecord) or not run.finished)
     return BenchResult(comparison, folder, failed)
@@ -115,11 +119,11 @@ def _wanted(
     if name is not None and data:
         changes["dataset"] = data
     if name is not None and recipes:
-        changes["recipes"] = list(recipes)
+        changes |= {"recipes": list(recipes), "optional_recipes": [], "contrasts": []}
     if seeds:
         changes["seeds"] = list(seeds)
     wanted = wanted.model_copy(update=changes)
-    for what, values in (("recipe", wanted.recipes), ("seed", wanted.seeds)):
+    for what, values in (("recipe", [*wanted.recipes, *wanted.optional_recipes]), ("seed", wanted.seeds)):
         twice = sorted({str(value) for value in values if list(values).count(value) > 1})
         if twice:
             raise ZooError(f"benchmark {wanted.name!r} names {what} {', '.join(twice)} twice; name it once")
@@ -134,11 +138,16 @@ def _plan_all(
     offline: bool,
     bad_images: str | None,
     tell: OnStep,
+    left_out: list[str],
 ) -> list[Plan | RunRecord]:
-    """Plan every run; what cannot be planned is a failed record, and told before anything is trained."""
-    total = len(wanted.recipes) * len(wanted.seeds)
+    """Plan every run; what cannot be planned is a failed record, and told before anything is trained.
+
+    left_out: gets a sentence for each optional recipe that cannot be planned.
+    """
+    names = [*wanted.recipes, *wanted.optional_recipes]
+    total = len(names) * len(wanted.seeds)
     planned: list[Plan | RunRecord] = []
-    for name in wanted.recipes:
+    for name in names:
         first: Plan | None = None
         reason = ""
         recipe: Any = name
@@ -151,6 +160,10 @@ def _plan_all(
             raise
         except ZooError as error:
             reason = str(error)
+            if name in wanted.optional_recipes:
+                left_out.append(f"left out: {name} ({one_line(reason, 120)})")
+                tell(Step(len(planned) + 1, total, name, "left out", reason))
+                continue
             tell(Step(len(planned) + 1, total, name, "refused", reason))
         for seed in wanted.seeds:
             # Only the seed differs: the network and its weights are looked for once per recipe.

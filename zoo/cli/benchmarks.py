@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from zoo.cli.screen import AcceptLeaksOption, BadImagesOption, HomeOption, JsonOption, OfflineOption, SetOption
+
+if TYPE_CHECKING:
+    from zoo.benchmark.contrasts import ManyResults
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -31,12 +34,32 @@ def bench(
     home: HomeOption = None,
 ) -> None:
     """Train every recipe with every seed, score all on the same test split, and write the table and figures."""
+    from zoo.benchmark.contrasts import bench_all
+    from zoo.benchmark.definition import load_benchmark
     from zoo.benchmark.suite import bench as run_bench
     from zoo.cli.screen import assignments, bars, check_bad_images, console, print_comparison, print_json
-    from zoo.errors import EXIT_SOME_RUNS_FAILED
+    from zoo.errors import EXIT_SOME_RUNS_FAILED, ZooError
 
     bad_images = check_bad_images(bad_images)
     names = [name.strip() for name in recipes.split(",") if name.strip()] if recipes else None
+    if benchmark is not None and data is None and load_benchmark(benchmark).datasets:
+        if names:
+            raise ZooError(f"--recipes goes with one dataset; name it, --data {load_benchmark(benchmark).datasets[0]}")
+        with bars(quiet=json) as shown:
+            every = bench_all(
+                benchmark,
+                seeds=seeds,
+                overrides=assignments(set_),
+                offline=offline,
+                bad_images=bad_images,
+                accept_leaks=accept_leaks,
+                on_tick=shown.tick,
+                on_step=shown.step,
+            )
+        _print_all(every, json)
+        if every.failed:
+            raise typer.Exit(EXIT_SOME_RUNS_FAILED)
+        return
     with bars(quiet=json) as shown:
         result = run_bench(
             benchmark,
@@ -57,6 +80,20 @@ def bench(
         console().print(f"table and figures: {result.folder}", markup=False, soft_wrap=True)
     if result.failed:
         raise typer.Exit(EXIT_SOME_RUNS_FAILED)
+
+
+def _print_all(every: ManyResults, json: bool) -> None:
+    from zoo.cli.screen import console, print_comparison, print_contrasts, print_json
+
+    if json:
+        print_json({**every.document(), "folder": str(every.folder)})
+        return
+    for result in every.results.values():
+        print_comparison(result.comparison)
+    print_contrasts(every.contrasts, every.name)
+    for dataset, reason in every.missing.items():
+        console().print(f"left out: {dataset}: {reason}", markup=False, soft_wrap=True)
+    console().print(f"tables and figures: {every.folder}", markup=False, soft_wrap=True)
 
 
 def compare(
@@ -164,7 +201,7 @@ def report(
     from zoo.cli.screen import bars, console, print_json
 
     with bars(quiet=json) as shown:
-        if data is not None:
+        if data is not None and benchmark is None:
             score_missing([], data=data, progress=shown.images("scoring test"))
         file = write(
             benchmark,

@@ -148,7 +148,12 @@ def _benchmarks() -> list[dict[str, Any]]:
         row: dict[str, Any] = {"name": name, "dataset": None, "recipes": None, "seeds": None, "summary": ""}
         try:
             found = load_benchmark(str(path))
-            row |= {"dataset": found.dataset, "recipes": len(found.recipes), "seeds": len(found.seeds)}
+            names = found.datasets + found.optional_datasets
+            row |= {
+                "dataset": found.dataset or ", ".join(names),
+                "recipes": len(found.recipes + found.optional_recipes),
+                "seeds": len(found.seeds),
+            }
             row["summary"] = found.summary
         except ZooError as error:
             row["summary"] = f"damaged: {error}"

@@ -38,6 +38,7 @@ def pretrain(
     from zoo.errors import ZooError, nearest, one_line
     from zoo.files import home as home_of
     from zoo.files import read_json
+    from zoo.training.precision import cores
     from zoo.training.pretrain import Pretraining, pretrain
 
     if source != "formula":
@@ -60,7 +61,7 @@ def pretrain(
         precision=precision,
     )
     with bars(quiet=json) as shown:
-        folder = pretrain(settings, home_of(), tag, device, shown.tick)
+        folder = pretrain(settings, home_of(), tag, device, cores(), shown.tick)
     card = read_json(folder / f"{arch}.{tag}.json")
     if json:
         print_json({**card, "folder": str(folder)})

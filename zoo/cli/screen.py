@@ -168,6 +168,22 @@ def print_comparison(comparison: Comparison, pairs: bool = False) -> None:
         _print_pairs(comparison)
 
 
+def print_contrasts(rows: list[dict[str, Any]], name: str) -> None:
+    """Print the differences that a benchmark of several datasets asked for, and what the columns mean."""
+    from zoo.reporting.contrasts import HEADS, LEGEND, contrast_cells
+
+    if not rows:
+        return
+    out, written = console(), [contrast_cells(row) for row in rows]
+    wanted = ("dataset", "one", "two", "one − two", "shown", "95% CI", "p (Holm)", "score of one", "of two")
+    kept = _that_fit(list(wanted), written, out.width)
+    heads = [head for head in HEADS if head in kept]
+    texts = ("dataset", "one", "two", "shown")
+    cells = [[row[head] for head in heads] for row in written]
+    print_table(heads, cells, f"{name}: test {rows[0]['metric']}", numbers=set(heads) - set(texts), folded=texts)
+    out.print(LEGEND, markup=False, style="dim")
+
+
 def _print_pairs(comparison: Comparison) -> None:
     from zoo.reporting.tables import pair_cells, pairs_legend
 

@@ -104,8 +104,8 @@ def _worms(rng: Rng, cell: Cell, size_px: int) -> Field:
     steps = np.stack([np.cos(turns), np.sin(turns)], -1) * 0.03
     paths = np.cumsum(steps, 1) - steps.sum(1, keepdims=True) / 2 + rng.uniform(-0.9, 0.9, (cell["count"], 1, 2))
     scaled = on_canvas(paths, size_px)
-    levels: list[int] = rng.integers(90, 256, cell["count"]).tolist()
-    for path, level in zip(list(scaled), levels, strict=True):
+    levels: list[int] = np.atleast_1d(rng.integers(90, 256, cell["count"])).tolist()
+    for path, level in zip(scaled, levels, strict=True):
         cv2.polylines(mask, [path], False, (level,), cell["width"], cv2.LINE_AA, SHIFT)
     made: Field = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 0.6)
     return made

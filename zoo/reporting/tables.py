@@ -104,23 +104,28 @@ def legend(comparison: Comparison) -> str:
 
 def to_markdown(comparison: Comparison) -> str:
     """Return the comparison as a Markdown page: floors, rows, pairs where any were told apart, notes, environment."""
-    lines = [f"# {_plain(title(comparison))}", ""]
+    lines = [f"# {markdown_text(title(comparison))}", ""]
     rows = [cells(row, comparison.metric) for row in comparison.rows]
     heads = list(rows[0])
-    floors = [_markdown_row(_emphasised(floor, comparison.metric), heads) for floor in comparison.floors]
+    floors = [markdown_row(_emphasised(floor, comparison.metric), heads) for floor in comparison.floors]
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *floors]
-    lines += [_markdown_row(row, heads) for row in rows]
-    lines += ["", _plain(legend(comparison)), ""] + [f"- Note: {_plain(note)}" for note in comparison.notes]
+    lines += [markdown_row(row, heads) for row in rows]
+    lines += ["", markdown_text(legend(comparison)), ""] + [
+        f"- Note: {markdown_text(note)}" for note in comparison.notes
+    ]
     facts = comparison.environment
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    lines += [f"- Computed on {_plain(facts['device'])}; precision {_plain(facts['precision'])}; {versions}", ""]
+    lines += [
+        f"- Computed on {markdown_text(facts['device'])}; precision {markdown_text(facts['precision'])}; {versions}",
+        "",
+    ]
     if comparison.pairs:
         pairs = [pair_cells(pair) for pair in comparison.pairs]
         heads = list(pairs[0])
         lines += [f"## Pairs: difference of test {comparison.metric}", ""]
         lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-        lines += [_markdown_row(pair, heads) for pair in pairs]
-        lines += ["", _plain(pairs_legend(comparison)), ""]
+        lines += [markdown_row(pair, heads) for pair in pairs]
+        lines += ["", markdown_text(pairs_legend(comparison)), ""]
     return "\n".join(lines)
 
 
@@ -171,8 +176,8 @@ HEADLINE = ("recipe", "weights", "params", "val top1", "test top1", "95% CI", "t
 def headline_markdown(document: dict[str, Any]) -> str:
     """Return the few columns that a README shows, out of a `table.json`."""
     lines = ["| " + " | ".join(HEADLINE) + " |", "|" + "---|" * len(HEADLINE)]
-    lines += [_markdown_row(_emphasised(floor, "top1"), HEADLINE) for floor in document["floors"]]
-    lines += [_markdown_row(cells(row), HEADLINE) for row in document["rows"]]
+    lines += [markdown_row(_emphasised(floor, "top1"), HEADLINE) for floor in document["floors"]]
+    lines += [markdown_row(cells(row), HEADLINE) for row in document["rows"]]
     return "\n".join(lines)
 
 
@@ -181,14 +186,15 @@ def _emphasised(floor: dict[str, Any], metric: str) -> dict[str, str]:
     return shown | {"recipe": f"*{shown['recipe']}*"}
 
 
-def _markdown_row(row: dict[str, str], heads: Iterable[str]) -> str:
-    return "| " + " | ".join(_plain(row.get(head, "")) for head in heads) + " |"
+def markdown_row(row: dict[str, str], heads: Iterable[str]) -> str:
+    """Return one row of a Markdown table; what a row lacks is an empty cell."""
+    return "| " + " | ".join(markdown_text(row.get(head, "")) for head in heads) + " |"
 
 
-def _plain(text: object) -> str:
+def markdown_text(text: object) -> str:
     r"""Return text that stays within one Markdown table cell and means nothing to HTML.
 
-    >>> _plain("a|b <img>")
+    >>> markdown_text("a|b <img>")
     'a\\|b &lt;img&gt;'
     """
     return (
@@ -214,7 +220,7 @@ def to_csv(comparison: Comparison) -> str:
         cells_of = [
             each for key in keys for each in ((row[key] or [None, None]) if key.endswith("_ci") else [row[key]])
         ]
-        writer.writerow([_csv_cell(each) for each in cells_of])
+        writer.writerow([csv_cell(each) for each in cells_of])
     return stream.getvalue()
 
 
@@ -222,7 +228,8 @@ def _csv_names(key: str) -> list[str]:
     return [f"{key}_low", f"{key}_high"] if key.endswith("_ci") else [key]
 
 
-def _csv_cell(value: Any) -> Any:
+def csv_cell(value: Any) -> Any:
+    """Return a value as CSV has it: six decimals, nothing for None, and no text that a spreadsheet would compute."""
     if isinstance(value, float):
         return f"{value:.6f}"
     if isinstance(value, str) and (value.startswith(_FORMULA) or value.lstrip().startswith(_FORMULA[:4])):

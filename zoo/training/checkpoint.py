@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,10 +34,23 @@ class Progress:
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write tensors as safetensors, atomically, and return the file's SHA-256."""
     plain = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
-    data = save(plain, metadata)
+    data = _ordered(save(plain, metadata)) if metadata else save(plain)
     with atomic_writer(path) as stream:
         stream.write(data)
     return sha256_bytes(data)
+
+
+def _ordered(data: bytes) -> bytes:
+    """Return a safetensors file with its metadata in order of their names; the library writes them in any order.
+
+    The format: the header's length in 8 bytes, the header as JSON, the tensors' bytes, which stay where they are.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def save_checkpoint(

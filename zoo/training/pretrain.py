@@ -21,7 +21,7 @@ from zoo.runs import run_lock
 from zoo.training.checkpoint import Progress, load_checkpoint, remove_checkpoints, save_checkpoint, save_tensors
 from zoo.training.environment import device_name, versions
 from zoo.training.loop import OnTick, Tick
-from zoo.training.precision import PrecisionPlan, choose_device, choose_plan, cores, set_threads
+from zoo.training.precision import PrecisionPlan, choose_device, choose_plan, set_threads
 
 MEAN = STD = (0.5, 0.5, 0.5)
 HELD_OUT = 4  # instances of each class that only the top-1 of the history sees
@@ -57,7 +57,7 @@ class Pretraining:
     def __post_init__(self) -> None:
         import timm
 
-        if not timm.is_model(self.arch):
+        if not timm.is_model(self.arch) or "." in self.arch:
             raise ZooError(
                 f"zoo pretrain takes an architecture of timm without a tag. Got {one_line(self.arch, 80)!r}; "
                 "see `zoo list models`"
@@ -102,12 +102,14 @@ def pretrain(
     root: Home,
     tag: str = "formula",
     device: str = "auto",
+    processes: int = 1,
     on_tick: OnTick = lambda _: None,
 ) -> Path:
     """Pretrain an architecture on formula images and return its folder; what is finished is returned as it is.
 
     The folder `models/pretrained/<arch>.<tag>/` holds `<arch>.<tag>.safetensors` (float16, no classifier, its
-    preprocessing as metadata; fit for ZOO_WEIGHTS), the card `<arch>.<tag>.json`, and `history.jsonl`. The same
+    preprocessing as metadata; fit for ZOO_WEIGHTS), the card `<arch>.<tag>.json`, and `history.jsonl`. processes: how
+    many draw the images; above 1 a script needs `if __name__ == "__main__":`, as they are started anew. The same
     settings, thread count and machine give the same bytes. Raises ZooError for bad settings, for a folder that
     holds the weights or the checkpoint of other settings, and Interrupted after Ctrl-C: the same call goes on from the
     last finished epoch.
@@ -120,7 +122,7 @@ def pretrain(
     check_writable(folder)
     with run_lock(root, f"pretrain-{name}"):
         try:
-            _Pretrainer(settings, root, folder, name, device, on_tick).run()
+            _Pretrainer(settings, root, folder, name, device, processes, on_tick).run()
         except KeyboardInterrupt as stop:
             code = getattr(stop, "exit_code", 130)
             raise Interrupted(
@@ -150,10 +152,11 @@ class _Pretrainer:
         folder: Path,
         name: str,
         device: str,
+        processes: int,
         on_tick: OnTick,
     ) -> None:
         self.settings, self.root, self.folder, self.name, self.on_tick = settings, root, folder, name, on_tick
-        self.device = choose_device(device)
+        self.device, self.processes = choose_device(device), processes
         self.plan: PrecisionPlan = choose_plan(settings.precision, self.device)
         self.threads = set_threads()
         self.progress = Progress()
@@ -168,7 +171,7 @@ class _Pretrainer:
             settings.images_per_class,
             settings.pool_size,
             settings.seed,
-            cores(),
+            self.processes,
             lambda done, total: self.on_tick(Tick(self.name, "drawing images", done, total)),
         )
         torch.manual_seed(settings.seed)
