@@ -1,4 +1,4 @@
-"""The README is true: its tables are those of the committed results, its commands and links exist."""
+"""The documents are true: their tables are those of the committed results, their commands and links exist."""
 
 from __future__ import annotations
 
@@ -12,32 +12,55 @@ import pytest
 from typer.testing import CliRunner
 
 from zoo.cli import app
+from zoo.models.carried import carried_weights
+from zoo.reporting.contrasts import contrasts_table
 from zoo.reporting.tables import headline_markdown
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|contrasts|cards): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def _with_tables(text: str) -> str:
-    def table(match: re.Match[str]) -> str:
-        document = json.loads((ROOT / "benchmarks" / match[2] / "table.json").read_text(encoding="utf-8"))
-        return f"{match[1]}{headline_markdown(document)}\n{match[4]}"
+def _table(kind: str, name: str) -> str:
+    if kind == "cards":
+        return _cards()
+    file = ROOT / "benchmarks" / name / f"{kind}.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    return headline_markdown(document) if kind == "table" else contrasts_table(document["contrasts"])
 
-    return BLOCK.sub(table, text)
+
+def _cards() -> str:
+    heads = ("weights", "MB", "images seen", "crops px", "hours", "format", "held-out top1", "SHA-256")
+    rows = [
+        (
+            f"`{each.name}`",
+            f"{each.size_bytes / 1e6:.2f}",
+            f"{each.facts['images_seen'] / 1e6:.2f}M",
+            ", ".join(map(str, each.facts["settings"]["image_sizes"])),
+            f"{each.facts['hours']:.2f}",
+            each.facts["precision_plan"]["dtype"],
+            f"{each.facts['held_out_top1']:.3f}",
+            f"`{each.sha256[:16]}…`",
+        )
+        for each in carried_weights().values()
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
 
 
-def test_tables_are_those_of_the_committed_results():
-    text = README.read_text(encoding="utf-8")
-    assert len(BLOCK.findall(text)) == 2
-    wanted = _with_tables(text)
+@pytest.mark.parametrize(("name", "blocks"), [("README.md", 2), ("docs/pretraining.md", 2)])
+def test_tables_are_those_of_the_committed_results(name, blocks):
+    file = ROOT / name
+    text = file.read_text(encoding="utf-8")
+    assert len(BLOCK.findall(text)) == blocks
+    wanted = BLOCK.sub(lambda match: f"{match[1]}{_table(match[2], match[3])}\n{match[5]}", text)
     if os.environ.get("ZOO_UPDATE_README"):
-        README.write_text(wanted, encoding="utf-8")
-    assert README.read_text(encoding="utf-8") == wanted, "run `make readme`"
+        file.write_text(wanted, encoding="utf-8")
+    assert file.read_text(encoding="utf-8") == wanted, "run `make readme`"
 
 
 def _commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    texts = [file.read_text(encoding="utf-8") for file in (README, ROOT / "docs" / "pretraining.md")]
+    blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if "zoo " in line]
 
@@ -54,7 +77,17 @@ def test_every_command_of_the_readme_parses():
             assert option in shown.output, f"{line}: {option}"
 
 
-@pytest.mark.parametrize("file", ["README.md", "recipes/README.md", "models/README.md", "data/README.md"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "README.md",
+        "recipes/README.md",
+        "models/README.md",
+        "data/README.md",
+        "docs/pretraining.md",
+        "docs/statistics.md",
+    ],
+)
 def test_every_link_leads_somewhere(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):

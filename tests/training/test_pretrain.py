@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -104,7 +109,7 @@ def test_the_weights_load_by_name_where_zoo_weights_names_the_folder(toy, monkey
     spec = find_model("test_resnet.formula")
     assert spec.preprocessing.mean == (0.5, 0.5, 0.5)
     assert spec.preprocessing.interpolation == "bilinear"
-    assert spec.licence == "Apache-2.0"
+    assert spec.licence == "not stated"
     model = build_timm("test_resnet", 3)
     report = load_weights(model, resolve_weights(spec, "pretrained", root, offline=True), spec)
     assert report.head == "absent"
@@ -174,3 +179,79 @@ def test_other_settings_do_not_overwrite_weights(toy):
 def test_weights_that_grow_beyond_float16_are_refused(tmp_path):
     with pytest.raises(ZooError, match=r"\d+ tensors do not fit float16, 'layer.*running_var' among them; lower --lr"):
         pretrain(Pretraining("test_resnet", **{**TOY, "lr": 1.0}), home(tmp_path))
+
+
+def _command(*arguments: str) -> list[str]:
+    toy = ["--families", "leaves", "--images", "8", "--epochs", "2", "--image-sizes", "32", "--batch-size", "32"]
+    return [sys.executable, "-m", "zoo", "pretrain", "test_resnet", *toy, *arguments]
+
+
+def test_the_command_pretrains_says_how_to_use_it_and_is_done_the_second_time(tmp_path):
+    said = subprocess.run(
+        _command("--home", str(tmp_path), "--json"), capture_output=True, text=True, check=True, timeout=120
+    )
+    card = json.loads(said.stdout)
+    assert (card["name"], card["classes"]) == ("test_resnet.formula", 54)
+    again = subprocess.run(_command("--home", str(tmp_path)), capture_output=True, text=True, check=True, timeout=120)
+    folder = tmp_path / "models" / "pretrained" / "test_resnet.formula"
+    assert again.stdout.startswith("test_resnet.formula: 54 classes, 432 images seen")
+    assert f"ZOO_WEIGHTS={folder}" in again.stdout
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_it_with_its_code_and_the_same_command_goes_on(tmp_path, sent, code):
+    command = _command("--home", str(tmp_path), "--epochs", "400", "--tag", "long")
+    history = tmp_path / "models" / "pretrained" / "test_resnet.long" / "history.jsonl"
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 100
+        while not history.is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(sent)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert "test_resnet.long goes on from its last finished epoch with the same command" in stderr
+    assert (history.parent / "checkpoint").is_dir()
+    assert not (history.parent / "test_resnet.long.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--source", "imagenet"), "--source knows formula alone. Got 'imagenet'"),
+        (("--image-sizes", "big"), "--image-sizes takes whole numbers with commas, 48,64. Got 'big'"),
+        (("--tag", "../x"), "tag"),
+    ],
+)
+def test_wrong_options_are_one_line(tmp_path, arguments, said):
+    done = subprocess.run(
+        _command("--home", str(tmp_path), *arguments), capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_while_images_are_drawn_leaves_no_file_no_process_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "zoo", "pretrain", "test_resnet", "--images", "5000", "--home", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    cache = tmp_path / "data" / "formula" / ".cache"
+    try:
+        deadline = time.monotonic() + 100
+        while not list(cache.glob("*.partial")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(2)  # long enough for the drawing processes to be at work
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the drawing processes too
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(200):  # Python's own helper process needs a moment to see that it is alone
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert not list(cache.iterdir())

@@ -63,7 +63,7 @@ def import_(
             "--copy/--no-copy", help="Copy images below data/; else they stay, but DICOMs, which are made anonymous."
         ),
     ] = None,
-    ratios: Annotated[str, typer.Option(help="Shares of train, val and test.")] = "0.7,0.15,0.15",
+    ratios: Annotated[str | None, typer.Option(help="Shares of train, val and test; else 0.7,0.15,0.15.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     bad_images: Annotated[str, typer.Option(metavar="fail|skip", help="What to do with unreadable images.")] = "fail",
     group_column: GroupColumn = None,
@@ -105,7 +105,7 @@ def import_(
             name,
             from_=from_,
             copy=copy,
-            ratios=parse_ratios(ratios),
+            ratios=parse_ratios(ratios) if ratios else None,
             seed=seed,
             bad_images=bad_images,
             group_column=group_column,

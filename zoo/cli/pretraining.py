@@ -30,6 +30,7 @@ def pretrain(
     precision: Annotated[str, typer.Option(help="auto, float32 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     tag: Annotated[str, typer.Option(help="The weights' name is ARCH.TAG.")] = "formula",
+    licence: Annotated[str, typer.Option(help="What the card says of the weights' licence.")] = "not stated",
     json: JsonOption = False,
     home: HomeOption = None,
 ) -> None:
@@ -61,7 +62,7 @@ def pretrain(
         precision=precision,
     )
     with bars(quiet=json) as shown:
-        folder = pretrain(settings, home_of(), tag, device, cores(), shown.tick)
+        folder = pretrain(settings, home_of(), tag, device, cores(), licence, shown.tick)
     card = read_json(folder / f"{arch}.{tag}.json")
     if json:
         print_json({**card, "folder": str(folder)})

@@ -22,7 +22,10 @@ class BuiltinImage(TypedDict):
 
 @dataclass(frozen=True)
 class BuiltinDataset:
-    """What `dataset.toml` says of built-in data, and the function that writes their images to a folder."""
+    """What `dataset.toml` says of built-in data, and the function that writes their images to a folder.
+
+    ratios: of train, val and test, where no option is given; None: as everywhere.
+    """
 
     name: str
     summary: str
@@ -32,6 +35,7 @@ class BuiltinDataset:
     make: Callable[[Path, dict[str, Any]], list[BuiltinImage]]
     medical: bool = False
     negative_class: str | None = None
+    ratios: tuple[float, float, float] | None = None
 
 
 def _options(name: str, given: dict[str, Any], known: dict[str, int]) -> dict[str, int]:
@@ -53,7 +57,7 @@ def _write_png(folder: Path, path: str, pixels: np.ndarray[Any, Any]) -> None:
 def _make_phantom(folder: Path, given: dict[str, Any]) -> list[BuiltinImage]:
     from zoo.data.phantom import generate_phantom
 
-    known = {"patients": 240, "slices_per_patient": 3, "image_size_px": 96, "seed": 0}
+    known = {"patients": 420, "slices_per_patient": 3, "image_size_px": 96, "seed": 0}
     images = []
     for each in generate_phantom(**_options("lung-phantom", given, known)):
         path = f"{each.label}/{each.patient}-{each.slice_index:03d}.png"
@@ -85,6 +89,9 @@ def _make_digits(folder: Path, given: dict[str, Any]) -> list[BuiltinImage]:
     return images
 
 
+_DIGITS_SOURCE = "UCI Optical Recognition of Handwritten Digits, doi 10.24432/C50P49, by way of scikit-learn"
+_WRITERS = "The writers are not named in the data, so a writer may stand in more than one split."
+
 BUILTIN: dict[str, BuiltinDataset] = {
     "lung-phantom": BuiltinDataset(
         name="lung-phantom",
@@ -95,13 +102,24 @@ BUILTIN: dict[str, BuiltinDataset] = {
         make=_make_phantom,
         medical=True,
         negative_class="normal",
+        # Few patients to learn from, as on a real ward, but enough of them in test to tell models apart.
+        ratios=(0.4, 0.15, 0.45),
     ),
     "digits": BuiltinDataset(
         name="digits",
         summary="1797 handwritten digits of 43 writers, 8 x 8 pixels enlarged to 32 x 32",
         licence="CC BY 4.0",
-        source="UCI Optical Recognition of Handwritten Digits, doi 10.24432/C50P49, by way of scikit-learn",
-        note="The writers are not named in the data, so a writer may stand in more than one split.",
+        source=_DIGITS_SOURCE,
+        note=_WRITERS,
         make=_make_digits,
+    ),
+    "digits-few": BuiltinDataset(
+        name="digits-few",
+        summary="the same digits, a tenth of them to learn from and most of them to test on",
+        licence="CC BY 4.0",
+        source=_DIGITS_SOURCE,
+        note=_WRITERS,
+        make=_make_digits,
+        ratios=(0.1, 0.1, 0.8),
     ),
 }

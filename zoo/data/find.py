@@ -118,6 +118,7 @@ def _find_builtin(name: str, images: Path, options: dict[str, Any]) -> Found:
     found.described = {
         key: value for key in DESCRIBED if (value := getattr(builtin, key, None)) is not None and value != ""
     }
+    found.ratios = None if options else builtin.ratios
     images.mkdir()
     # `seed` alone means the split's everywhere.
     renamed = {"seed" if key == "data_seed" else key: value for key, value in options.items()}

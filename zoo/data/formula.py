@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from functools import partial as partial_of
@@ -135,13 +136,26 @@ def _draw_pool(
     shape = (len(classes) * images_per_class, image_size_px, image_size_px, 3)
     pool = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     draw = partial_of(_draw_class, count=images_per_class, image_size_px=image_size_px, seed=seed)
-    # Started anew, not forked: torch's threads in the parent do not survive a fork.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) if processes > 1 else nullcontext() as workers:
-        done = workers.map(draw, classes) if workers else map(draw, classes)
-        for label, images in enumerate(done):
+    with _side_by_side(processes) as each_of:
+        for label, images in enumerate(each_of(draw, classes)):
             pool[label * images_per_class : (label + 1) * images_per_class] = images
             progress(label + 1, len(classes))
     pool.flush()
+
+
+@contextmanager
+def _side_by_side(processes: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """Give a `map` that works in so many processes, in order; where it is left early, what has not begun is dropped."""
+    if processes == 1:
+        yield map
+        return
+    # Started anew, not forked: torch's threads in the parent do not survive a fork. Ctrl-C is the parent's to handle.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    workers = ProcessPoolExecutor(processes, get_context("spawn"), initializer=signal.signal, initargs=ignore)
+    try:
+        yield workers.map
+    finally:
+        workers.shutdown(cancel_futures=True)
 
 
 def _draw_class(of: FormulaClass, count: int, image_size_px: int, seed: int) -> Pixels:

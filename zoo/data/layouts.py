@@ -52,7 +52,7 @@ class Found:
 
     paths are relative to root; splits are empty where the source ships none, groups where it names none.
     grouped_by: how it named them. left_out: what was not taken, and how often. described: of `dataset.toml`,
-    in the source's words; options: given to a generator.
+    in the source's words; options: given to a generator; ratios: of the splits, where the source wants its own.
     """
 
     kind: str
@@ -67,6 +67,7 @@ class Found:
     options: dict[str, Any] = field(default_factory=dict)
     negative_class: str | None = None
     renamed_classes: dict[str, str] = field(default_factory=dict)
+    ratios: tuple[float, float, float] | None = None
 
     def add(self, path: str, label: str, split: str = "", group: str = "") -> None:
         """Take one image."""

@@ -29,7 +29,7 @@ class PhantomSlice:
 
 
 def generate_phantom(
-    patients: int = 240, slices_per_patient: int = 3, image_size_px: int = 96, seed: int = 0
+    patients: int = 420, slices_per_patient: int = 3, image_size_px: int = 96, seed: int = 0
 ) -> Iterator[PhantomSlice]:
     """Yield the slices of invented patients, patient by patient; the same arguments give the same bytes.
 

@@ -54,7 +54,7 @@ def import_dataset(
     root: Home | None = None,
     *,
     copy: bool | None = None,
-    ratios: Sequence[float] = DEFAULT_RATIOS,
+    ratios: Sequence[float] | None = None,
     seed: int = 0,
     bad_images: str = "fail",
     group_column: str | None = None,
@@ -74,17 +74,18 @@ def import_dataset(
 ) -> Dataset:
     """Read a source, write `data/<name>/dataset.toml` and `manifest.csv`, and return the dataset.
 
-    source: a folder with a folder per class; one with train, val and test folders of such; a CSV with the
-    columns path, label and, if wanted, split and group; a folder with `labels`, a CSV that names its files, folders
-    or DICOM patients; a MedMNIST-style .npz; a Hugging Face dataset on disk; `torchvision:NAME`; a public data set
-    of `zoo list datasets` with `from_`, its download; or the name of built-in data, which alone takes
-    builtin_options. Shipped splits are kept; val or test that is missing is cut from train. Images stay where they
-    are unless `copy`; those out of an archive or a generator are written to `data/<name>/images/`. DICOMs are
-    written there too unless `copy` is False, as copies without the patient's data; the patient is their group, by
-    a salted pseudonym. Images that decode to the same pixels, or nearly (unless near_duplicates is False), are put
-    into one group. window, rescale: how values of more than 8 bits become grey (`zoo.data.window`); CT gets `lung`
-    where none is named. A `sample_id` is the first 16 hexadecimal digits of the SHA-256 of the path below the root:
-    the same as long as the file keeps its name, and not the name itself.
+    source: a folder with a folder per class; one with train, val and test folders of such; a CSV with the columns
+    path, label and, if wanted, split and group; a folder with `labels`, a CSV that names its files, folders or
+    DICOM patients; a MedMNIST-style .npz; a Hugging Face dataset on disk; `torchvision:NAME`; a public data set of
+    `zoo list datasets` with `from_`, its download; or the name of built-in data, which alone takes builtin_options.
+    ratios: of train, val and test; left out, 0.7, 0.15 and 0.15, or what built-in data without options have as
+    their own. Shipped splits are kept; val or test that is missing is cut from train. Images stay where they are
+    unless `copy`; those out of an archive or a generator are written to `data/<name>/images/`. DICOMs are written
+    there too unless `copy` is False, as copies without the patient's data; the patient is their group, by a salted
+    pseudonym. Images that decode to the same pixels, or nearly (unless near_duplicates is False), are put into one
+    group. window, rescale: how values of more than 8 bits become grey (`zoo.data.window`); CT gets `lung` where
+    none is named. A `sample_id` is the first 16 hexadecimal digits of the SHA-256 of the path below the root: the
+    same as long as the file keeps its name, and not the name itself.
 
     The same import again writes the same bytes. Raises ZooError, and leaves what stands as it was, for a
     source that cannot be used, for a dataset of this name and other content unless `overwrite`, and, by the
@@ -93,7 +94,7 @@ def import_dataset(
     root = root or home()
     folder = root.data / check_name(name, "dataset")
     grouping = Grouping(group_column, group_regex, group_blocks, None, near_duplicates)
-    check_ratios(ratios)
+    check_ratios(DEFAULT_RATIOS if ratios is None else ratios)
     check_seed(seed)
     if bad_images not in BAD_IMAGES:
         raise ZooError(f"bad_images must be fail or skip. Got {one_line(repr(bad_images))}")
@@ -116,7 +117,8 @@ def import_dataset(
         look = Look(found.root, stage / "images", folder / ".salt", seen_through, rescale, copy)
         grouping.apply(found)
         kept, facts, skipped, originals = _examine_all(found, look, bad_images, progress)
-        rows, split_facts = _split(kept, facts, ratios, seed, near_duplicates)
+        wanted = ratios if ratios is not None else found.ratios or DEFAULT_RATIOS
+        rows, split_facts = _split(kept, facts, wanted, seed, near_duplicates)
         if look.copied or (copy and not kept.root.is_relative_to(stage)):
             _copy({new: old for new, old in originals.items() if new not in look.copied}, kept.root, stage / "images")
         record = {

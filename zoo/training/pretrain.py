@@ -15,7 +15,17 @@ from torch.nn import functional
 
 from zoo.data.formula import GENERATOR_VERSION, Pixels, formula_classes, formula_pool
 from zoo.errors import Interrupted, ZooError, one_line
-from zoo.files import Home, check_name, check_writable, digest_of, read_json, to_json, write_json, write_text
+from zoo.files import (
+    SCHEMA_VERSION,
+    Home,
+    check_name,
+    check_writable,
+    digest_of,
+    read_json,
+    to_json,
+    write_json,
+    write_text,
+)
 from zoo.models.nets import build_timm, classifiers_of
 from zoo.runs import run_lock
 from zoo.training.checkpoint import Progress, load_checkpoint, remove_checkpoints, save_checkpoint, save_tensors
@@ -103,13 +113,15 @@ def pretrain(
     tag: str = "formula",
     device: str = "auto",
     processes: int = 1,
+    licence: str = "not stated",
     on_tick: OnTick = lambda _: None,
 ) -> Path:
     """Pretrain an architecture on formula images and return its folder; what is finished is returned as it is.
 
     The folder `models/pretrained/<arch>.<tag>/` holds `<arch>.<tag>.safetensors` (float16, no classifier, its
     preprocessing as metadata; fit for ZOO_WEIGHTS), the card `<arch>.<tag>.json`, and `history.jsonl`. processes: how
-    many draw the images; above 1 a script needs `if __name__ == "__main__":`, as they are started anew. The same
+    many draw the images; above 1 a script needs `if __name__ == "__main__":`, as they are started anew. licence: what
+    the file and its card say of it, which is for whoever trains to decide. The same
     settings, thread count and machine give the same bytes. Raises ZooError for bad settings, for a folder that
     holds the weights or the checkpoint of other settings, and Interrupted after Ctrl-C: the same call goes on from the
     last finished epoch.
@@ -122,7 +134,7 @@ def pretrain(
     check_writable(folder)
     with run_lock(root, f"pretrain-{name}"):
         try:
-            _Pretrainer(settings, root, folder, name, device, processes, on_tick).run()
+            _Pretrainer(settings, root, folder, name, device, processes, licence, on_tick).run()
         except KeyboardInterrupt as stop:
             code = getattr(stop, "exit_code", 130)
             raise Interrupted(
@@ -153,10 +165,11 @@ class _Pretrainer:
         name: str,
         device: str,
         processes: int,
+        licence: str,
         on_tick: OnTick,
     ) -> None:
         self.settings, self.root, self.folder, self.name, self.on_tick = settings, root, folder, name, on_tick
-        self.device, self.processes = choose_device(device), processes
+        self.device, self.processes, self.licence = choose_device(device), processes, licence
         self.plan: PrecisionPlan = choose_plan(settings.precision, self.device)
         self.threads = set_threads()
         self.progress = Progress()
@@ -201,7 +214,7 @@ class _Pretrainer:
         train = np.flatnonzero(np.arange(len(pool)) % of_class < of_class - HELD_OUT)
         order = np.random.default_rng([settings.seed, epoch]).permutation(train)
         batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
-        batches = [each for each in batches if len(each) > 1]  # batch norm has no variance of one image
+        batches = [np.sort(each) for each in batches if len(each) > 1]  # batch norm has no variance of one image
         size = settings.size_in(epoch)
         model.train()
         for number, places in enumerate(batches, 1):
@@ -210,28 +223,30 @@ class _Pretrainer:
                 group["lr"] = lr
             # One generator for each batch: an epoch that is done again draws the same.
             chance = torch.Generator().manual_seed(int(digest_of([settings.seed, epoch, number])[:15], 16))
-            images = augmented(torch.from_numpy(pool[np.sort(places)]), size, chance).to(self.device)
-            labels = torch.from_numpy(np.sort(places) // of_class).to(self.device)
-            with self.plan.autocast(self.device):
-                logits, colour = model(self.plan.place(images))
-            loss = functional.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
-            if settings.colour_weight:
-                loss = loss + settings.colour_weight * colour_loss(colour.float(), images)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
-            optimizer.step()
-            self.progress.updates += 1
-            self.progress.images_seen += len(places)
-            losses.pending.append((loss.detach(), (logits.argmax(1) == labels).sum(), len(places)))
+            images = augmented(torch.from_numpy(pool[places]), size, chance).to(self.device)
+            labels = torch.from_numpy(places // of_class).to(self.device)
+            losses.pending.append((*self._step(model, optimizer, images, labels), len(places)))
             if number % 50 == 0 or number == len(batches):
                 self._settle(losses, epoch, number, len(batches))
-        return {
-            "epoch": epoch,
-            "image_size": size,
-            "loss": losses.total / losses.count,
-            "top1": losses.right / losses.count,
-        }
+        mean, top1 = losses.total / losses.count, losses.right / losses.count
+        return {"epoch": epoch, "image_size": size, "loss": mean, "top1": top1}
+
+    def _step(
+        self, model: FormulaNet, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Make one update; return its loss, and how many images were known."""
+        with self.plan.autocast(self.device):
+            logits, colour = model(self.plan.place(images))
+        loss = functional.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+        if self.settings.colour_weight:
+            loss = loss + self.settings.colour_weight * colour_loss(colour.float(), images)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
+        optimizer.step()
+        self.progress.updates += 1
+        self.progress.images_seen += len(labels)
+        return loss.detach(), (logits.argmax(1) == labels).sum()
 
     def _settle(self, losses: _Losses, epoch: int, done: int, of: int) -> None:
         """Ask the device for the numbers of some steps at once; it waits for each question."""
@@ -263,40 +278,37 @@ class _Pretrainer:
         return right / len(places)
 
     def _export(self, model: FormulaNet, classes: int) -> None:
-        settings, progress = self.settings, self.progress
-        size = max(settings.image_sizes)
-        said = {
-            "licence": "Apache-2.0",
-            "mean": ",".join(map(str, MEAN)),
-            "std": ",".join(map(str, STD)),
-            "crop_pct": "1.0",
+        """Write the weights, then the card, whose presence means that both are whole."""
+        shown: dict[str, Any] = {
+            "licence": self.licence,
+            "mean": MEAN,
+            "std": STD,
+            "crop_pct": 1.0,
             "interpolation": "bilinear",
-            "image_size": str(size),
+            "image_size": max(self.settings.image_sizes),
         }
         file = self.folder / f"{self.name}.safetensors"
-        sha256 = save_tensors(file, model.backbone_state(), said)
+        texts = {key: ",".join(map(str, each)) if isinstance(each, tuple) else str(each) for key, each in shown.items()}
+        sha256 = save_tensors(file, model.backbone_state(), texts)
         card = {
-            "schema_version": 1,
+            "schema_version": SCHEMA_VERSION,
             "name": self.name,
             "sha256": sha256,
             "bytes": file.stat().st_size,
-            **said,
-            "mean": list(MEAN),
-            "std": list(STD),
-            "image_size": size,
+            **shown,
             "source": "formula images: generated, no photograph among them",
             "generator_version": GENERATOR_VERSION,
             "classes": classes,
-            "images": classes * settings.images_per_class,
-            "images_seen": progress.images_seen,
-            "held_out_top1": round(progress.history[-1]["held_out_top1"], 4),
-            "hours": round(progress.train_s / 3600, 3),
+            "images": classes * self.settings.images_per_class,
+            "images_seen": self.progress.images_seen,
+            "held_out_top1": round(self.progress.history[-1]["held_out_top1"], 4),
+            "hours": round(self.progress.train_s / 3600, 3),
             "hardware": device_name(self.device),
             "threads": self.threads,
             "precision_plan": self.plan.facts(),
             "versions": versions(),
-            "settings": asdict(settings),
-            "digest": settings.digest,
+            "settings": asdict(self.settings),
+            "digest": self.settings.digest,
         }
         write_json(self.folder / f"{self.name}.json", card)
         remove_checkpoints(self.folder / "checkpoint")

@@ -60,7 +60,7 @@ def carried_weights() -> dict[str, CarriedWeights]:
                 card["interpolation"],
                 tuple(card["mean"]),
                 tuple(card["std"]),
-                f"carried: {card['classes']} classes of formula images, {card['images_seen'] / 1e6:.1f}M seen",
+                f"{card['classes']} formula classes, {card['images_seen'] / 1e6:.1f}M images",
                 card,
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
