@@ -87,6 +87,20 @@ def test_an_interrupted_pool_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_pool_that_was_cut_off_or_is_another_is_drawn_again(tmp_path):
+    whole = np.array(formula_pool(tmp_path, ["leaves"], 1, 32))
+    (file,) = tmp_path.iterdir()
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:1000]), lambda: np.save(file, np.zeros((3, 3)))):
+        damage()
+        assert (formula_pool(tmp_path, ["leaves"], 1, 32) == whole).all()
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(full_disk):
+    with pytest.raises(ZooError, match=r"cannot write|disk|space"):
+        formula_pool(full_disk, ["leaves"], 30, 32)
+    assert not list(full_disk.iterdir())
+
+
 def _facts(image: np.ndarray) -> np.ndarray:
     """Return how strongly the greys vary at each scale, and how they are spread."""
     grey = image.astype(float).mean(2)

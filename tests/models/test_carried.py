@@ -147,5 +147,7 @@ def test_the_command_lists_them_with_licence_size_and_preprocessing(root):
     assert [row["name"] for row in rows] == NAMES
     assert all(row["sha256"] and row["size_bytes"] and row["mean"] and row["std"] for row in rows)
     assert all(row["weights_at_hand"] == "carried" for row in rows)
+    shown = json.loads(CliRunner().invoke(app, ["show", "test_resnet.zoo_formula", "--json"]).stdout)
+    assert shown["card"]["settings"]["arch"] == "test_resnet"
     refused = CliRunner().invoke(app, ["list", "recipes", "--carried"])
     assert "--carried and --at-hand go with `zoo list models` alone. Got recipes" in str(refused.exception)

@@ -241,7 +241,7 @@ def test_ctrl_c_while_images_are_drawn_leaves_no_file_no_process_and_no_tracebac
     cache = tmp_path / "data" / "formula" / ".cache"
     try:
         deadline = time.monotonic() + 100
-        while not list(cache.glob("*.partial")) and time.monotonic() < deadline:
+        while not (cache.is_dir() and list(cache.iterdir())) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(2)  # long enough for the drawing processes to be at work
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the drawing processes too

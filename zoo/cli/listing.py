@@ -52,7 +52,7 @@ def list_(
     shown = [key for key in rows[0] if key not in _HIDDEN]
     if console().width < 110 and kind == "recipes":
         shown.remove("model")
-    if kind == "models" and not carried:
+    if kind == "models" and (not carried or console().width < 100):
         shown.remove("summary")
     cells = [[_cell(row.get(key)) for key in shown] for row in rows]
     numbers = ("params", "image size", "images", "classes", "seeds", "val top1", "test top1", "train s", "MB")
@@ -245,6 +245,10 @@ def _find(name: str) -> dict[str, Any]:
     from dataclasses import asdict
 
     facts = asdict(spec) | {"preprocessing": spec.preprocessing.model_dump()}
+    if spec.origin == "carried":
+        from zoo.models.carried import carried_weights
+
+        facts["card"] = carried_weights()[spec.name].facts
     return {"kind": "model", **facts}
 
 

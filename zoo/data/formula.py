@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from functools import partial as partial_of
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from zoo.data.formula_families import FAMILIES
 from zoo.data.formula_fields import Cell, photographed
 from zoo.errors import ZooError, nearest, one_line
-from zoo.files import digest_of
+from zoo.files import atomic_writer, check_writable, digest_of
 
 # Raised whenever the same arguments give other pixels; it is written into every card.
 GENERATOR_VERSION = 1
@@ -104,7 +103,7 @@ def formula_pool(
     The array is memory-mapped. Image `label * images_per_class + instance` is `formula_image(class, instance)`. The
     file comes to its name only when it is whole; it is named by everything that it depends on. processes: how many
     draw side by side; their number changes nothing. progress: called with the classes done and their number. Raises
-    ZooError for bad arguments.
+    ZooError for bad arguments, and where the folder cannot be written or the disk is full.
     """
     classes = formula_classes(families, seed)
     _check_whole("images_per_class", images_per_class, 1, 1_000_000)
@@ -112,35 +111,29 @@ def formula_pool(
     named = {"version": GENERATOR_VERSION, "families": sorted({each.family for each in classes})}
     drawn = {"images_per_class": images_per_class, "image_size_px": image_size_px, "seed": seed}
     path = folder / f"formula-{digest_of({**named, **drawn})[:12]}.npy"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            _draw_pool(partial, classes, images_per_class, image_size_px, seed, processes, progress)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    pool: Pixels = np.load(path, mmap_mode="r")
+    shape = (len(classes) * images_per_class, image_size_px, image_size_px, 3)
+    pool = _read_pool(path, shape)
+    if pool is None:
+        check_writable(folder, math.prod(shape))
+        draw = partial(_draw_class, count=images_per_class, image_size_px=image_size_px, seed=seed)
+        with _side_by_side(processes) as each_of, atomic_writer(path) as stream:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_2_0(stream, header)
+            for label, images in enumerate(each_of(draw, classes)):
+                stream.write(images.data)
+                progress(label + 1, len(classes))
+        pool = _read_pool(path, shape)
+        assert pool is not None
     return pool
 
 
-def _draw_pool(
-    path: Path,
-    classes: tuple[FormulaClass, ...],
-    images_per_class: int,
-    image_size_px: int,
-    seed: int,
-    processes: int,
-    progress: Callable[[int, int], None],
-) -> None:
-    shape = (len(classes) * images_per_class, image_size_px, image_size_px, 3)
-    pool = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    draw = partial_of(_draw_class, count=images_per_class, image_size_px=image_size_px, seed=seed)
-    with _side_by_side(processes) as each_of:
-        for label, images in enumerate(each_of(draw, classes)):
-            pool[label * images_per_class : (label + 1) * images_per_class] = images
-            progress(label + 1, len(classes))
-    pool.flush()
+def _read_pool(path: Path, shape: tuple[int, ...]) -> Pixels | None:
+    """Return the images of a file, None where there is none or it is not what its name says."""
+    try:
+        pool: Pixels = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        return None
+    return pool if pool.shape == shape and pool.dtype == np.uint8 else None
 
 
 @contextmanager
