@@ -12,6 +12,7 @@ import pytest
 
 from zoo.data.transforms import POLICIES, make_augment
 from zoo.files import builtin_folder
+from zoo.models.carried import carried_weights
 from zoo.models.registry import classifier_of, create_model, find_model, preprocessing_for
 from zoo.models.spec import ModelSpec
 from zoo.recipe import Recipe, known_keys, parse_recipe
@@ -26,6 +27,7 @@ EXTERNAL = {
     "tf_mobilenetv3_small_100.keras_in1k_int8",
 }
 SUFFIXES = {"lp": "linear-probe", "lpft": "lp-ft", "gradual": "gradual"}
+CARRIED = set(carried_weights())
 every_recipe = pytest.mark.parametrize("name", NAMES)
 
 
@@ -67,7 +69,7 @@ def test_there_are_recipes_of_each_kind() -> None:
     assert len(modern) >= 14
     assert len(NAMES) >= 16
     assert {recipe.finetune.strategy for recipe in recipes} == {"linear-probe", "full", "lp-ft", "gradual"}
-    assert {recipe.model.name for recipe in recipes} >= EXTERNAL | {"simple_cnn"}
+    assert {recipe.model.name for recipe in recipes} >= EXTERNAL | CARRIED | {"simple_cnn"}
     assert len({recipe.digest for recipe in recipes}) == len(recipes), "two recipes are the same"
 
 
@@ -85,10 +87,17 @@ def test_a_recipe_is_right_and_says_what_it_is(name: str) -> None:
 
 @every_recipe
 def test_a_recipes_name_says_model_and_strategy(name: str) -> None:
-    recipe, suffix = recipe_of(name), suffix_of(name)
+    recipe, suffix = recipe_of(name), suffix_of(name.removesuffix("-scratch"))
     assert recipe.finetune.strategy == SUFFIXES.get(suffix, "full")
     assert name.partition("-")[0] in recipe.model.name
     base = name.partition("-")[0]
+    if name.endswith("-scratch"):
+        # The same in all but the weights, so that a difference is theirs.
+        other, own = recipe_of(name.removesuffix("-scratch")).table(), recipe.table()
+        assert own["model"].pop("weights") == "scratch"
+        assert other["model"].pop("weights") == "pretrained"
+        assert {**own, "summary": ""} == {**other, "summary": ""}
+        return
     if base in NAMES:
         alike = recipe_of(base).model
         assert (recipe.model.name, recipe.model.weights) == (alike.name, alike.weights), f"not that of {base}"
@@ -101,7 +110,7 @@ def test_a_recipes_model_exists_with_its_weights(name: str) -> None:
     model = recipe_of(name).model
     assert spec_of(model.name).arch == model.name.partition(".")[0]
     if model.weights == "pretrained":
-        assert model.name in EXTERNAL or model.name in timm.list_pretrained()
+        assert model.name in EXTERNAL | CARRIED or model.name in timm.list_pretrained()
     else:
         assert model.weights == "scratch"
     if model.name in EXTERNAL:

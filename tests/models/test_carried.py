@@ -74,7 +74,7 @@ def test_its_features_tell_formula_classes_apart_that_random_ones_do_not(name, r
     scores = {}
     for source in ("pretrained", "scratch"):
         torch.manual_seed(0)
-        model = create_model(spec, 0)
+        model = create_model(spec, 2)
         if source == "pretrained":
             load_weights(model, resolve_weights(spec, source, root, offline=True), spec)
         model.eval()
@@ -82,7 +82,8 @@ def test_its_features_tell_formula_classes_apart_that_random_ones_do_not(name, r
         def features(instances, model=model):
             pixels = np.stack([formula_image(each, number, 64) for each in classes for number in instances])
             with torch.inference_mode():
-                found = model(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+                images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+                found = model.forward_head(model.forward_features(images), pre_logits=True)
             return found.view(len(classes), len(instances), -1)
 
         # Instances from 246 on were held out.

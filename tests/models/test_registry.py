@@ -15,6 +15,7 @@ from torch import nn
 
 from zoo.errors import ZooError
 from zoo.models import spec as spec_module
+from zoo.models.carried import carried_weights
 from zoo.models.registry import (
     classifier_of,
     count_params,
@@ -50,7 +51,7 @@ def test_every_row_keeps_the_contract() -> None:
     assert len(rows) > 1500
     assert len({row.name for row in rows}) == len(rows)
     assert {row.arch for row in rows} >= set(timm.list_models())
-    assert {row.name for row in rows} >= {*timm.list_pretrained(), *KNOWN_WEIGHTS, "simple_cnn"}
+    assert {row.name for row in rows} >= {*timm.list_pretrained(), *KNOWN_WEIGHTS, *carried_weights(), "simple_cnn"}
     for row in rows:
         assert row.name == (f"{row.arch}.{row.tag}" if row.tag else row.arch)
         assert row.params is not None and row.params > 1000, row.name
@@ -58,7 +59,7 @@ def test_every_row_keeps_the_contract() -> None:
         made = row.preprocessing
         assert 16 <= made.image_size <= 2048 and 0 < made.crop_pct <= 1, row.name
         assert min(made.std) > 0 and all(math.isfinite(each) for each in made.mean), row.name
-        assert row.weights_at_hand == "", row.name
+        assert row.weights_at_hand == ("carried" if row.name in carried_weights() else ""), row.name
 
 
 def test_every_row_is_found_by_its_name() -> None:
@@ -164,7 +165,7 @@ def test_files_of_zoo_weights_are_rows(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "resnet18.od\x1bd.pth").write_bytes(b"x")
     (tmp_path / "nonet.a.pth").write_bytes(b"x")
     (tmp_path / "notes.txt").write_bytes(b"x")
-    rows = {row.name: row for row in list_models() if row.weights_at_hand}
+    rows = {row.name: row for row in list_models() if row.weights_at_hand == "file"}
     assert sorted(rows) == ["resnet18.mine", "resnet18.tv_in1k", "resnet18.tv_in1k-v2"]
     mine = find_model("resnet18.mine")
     assert mine == rows["resnet18.mine"]
