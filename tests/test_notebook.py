@@ -78,7 +78,14 @@ def test_it_runs_top_to_bottom(notebook, tmp_path, monkeypatch):
     for name in FIGURES:
         assert any("image/png" in each.get("data", {}) for each in outputs[name]), name
     (table,) = (each.data["text/html"] for each in outputs["scores"])
-    for row in ("majority class", "notebook_cnn", "test_resnet", "mobilenetv3_small_050", "test_resnet-lp"):
+    for row in (
+        "majority class",
+        "notebook_cnn",
+        "test_resnet",
+        "test_resnet-scratch",
+        "mobilenetv3_small_050",
+        "test_resnet-lp",
+    ):
         assert f">{row}</td>" in table
     assert (tmp_path / "data" / "phantom-notebook" / "manifest.csv").is_file()
-    assert len(list((tmp_path / "models" / "runs").glob("*/run.json"))) == 5
+    assert len(list((tmp_path / "models" / "runs").glob("*/run.json"))) == 6

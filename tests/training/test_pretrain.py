@@ -236,7 +236,8 @@ def test_wrong_options_are_one_line(tmp_path, arguments, said):
 
 
 def test_ctrl_c_while_images_are_drawn_leaves_no_file_no_process_and_no_traceback(tmp_path):
-    command = [sys.executable, "-m", "zoo", "pretrain", "test_resnet", "--images", "5000", "--home", str(tmp_path)]
+    command = [sys.executable, "-m", "zoo", "pretrain", "test_resnet", "--home", str(tmp_path)]
+    command += ["--families", "programs", "--images", "1500"]  # a minute and a half of drawing
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     cache = tmp_path / "data" / "formula" / ".cache"
     try:

@@ -8,7 +8,7 @@ import typer
 
 from zoo.cli.screen import HomeOption, JsonOption
 
-_HIDDEN = ("path", "hub_id", "origin", "split_digest", "mean", "std", "sha256", "size_bytes")
+_HIDDEN = ("path", "hub_id", "origin", "split_digest", "mean", "std", "sha256", "size_bytes", "datasets")
 KINDS = ("models", "recipes", "datasets", "benchmarks", "runs")
 
 
@@ -148,9 +148,10 @@ def _benchmarks() -> list[dict[str, Any]]:
         row: dict[str, Any] = {"name": name, "dataset": None, "recipes": None, "seeds": None, "summary": ""}
         try:
             found = load_benchmark(str(path))
-            names = found.datasets + found.optional_datasets
+            names = [found.dataset] if found.dataset else found.datasets + found.optional_datasets
             row |= {
-                "dataset": found.dataset or ", ".join(names),
+                "dataset": names[0] if len(names) == 1 else f"{len(names)} datasets",
+                "datasets": names,
                 "recipes": len(found.recipes + found.optional_recipes),
                 "seeds": len(found.seeds),
             }
