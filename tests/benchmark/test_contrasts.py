@@ -116,6 +116,7 @@ def test_one_dataset_of_many_can_be_run_alone_into_its_own_folder(many):
     ("changes", "said"),
     [
         ({"dataset": "tiny"}, r"it must have either dataset = NAME or datasets = \[NAMES\]"),
+        ({"datasets": ["tiny", "second"]}, "has 1 faults: dataset 'second' stands twice"),
         ({"datasets": []}, r"it must have either.*optional_datasets go with datasets"),
         ({"contrasts": [["tiny", "tiny-lpp"]]}, "contrasts: 'tiny-lpp' is none of its recipes; did you mean 'tiny-lp'"),
         ({"contrasts": [["tiny"]]}, "contrasts.0: List should have at least 2 items"),

@@ -109,6 +109,7 @@ def test_the_weights_load_by_name_where_zoo_weights_names_the_folder(toy, monkey
     spec = find_model("test_resnet.formula")
     assert spec.preprocessing.mean == (0.5, 0.5, 0.5)
     assert spec.preprocessing.interpolation == "bilinear"
+    assert spec.preprocessing.image_size == 32
     assert spec.licence == "not stated"
     model = build_timm("test_resnet", 3)
     report = load_weights(model, resolve_weights(spec, "pretrained", root, offline=True), spec)
@@ -161,6 +162,10 @@ def test_the_colour_loss_is_least_where_histogram_and_layout_are_right():
         ({"image_sizes": (16,)}, "image_sizes must lie between 32 px and the 36 px"),
         ({"image_sizes": ()}, "Got none"),
         ({"families": ("leafs",)}, "unknown family 'leafs' of formula images; did you mean 'leaves'"),
+        (
+            {"arch": "vit_tiny_patch16_224"},
+            "'vit_tiny_patch16_224' cannot be pretrained on crops of 32 px: .*; take a convolutional network",
+        ),
         ({"precision": "fp16"}, "precision 'fp16' is not offered"),
     ],
 )
@@ -174,6 +179,16 @@ def test_other_settings_do_not_overwrite_weights(toy):
     root, _ = toy
     with pytest.raises(ZooError, match="holds weights that were pretrained otherwise; choose another --tag"):
         pretrain(Pretraining("test_resnet", **{**TOY, "epochs": 3}), root)
+
+
+def test_weights_that_are_gone_or_changed_are_not_taken_for_finished(tmp_path):
+    settings = Pretraining("test_resnet", **{**TOY, "epochs": 1})
+    folder = pretrain(settings, home(tmp_path))
+    file = folder / "test_resnet.formula.safetensors"
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:-1]), file.unlink):
+        damage()
+        with pytest.raises(ZooError, match="is gone or not what its card says; remove the folder to pretrain anew"):
+            pretrain(settings, home(tmp_path))
 
 
 def test_weights_that_grow_beyond_float16_are_refused(tmp_path):

@@ -83,6 +83,8 @@ def _unfit(found: Benchmark) -> list[str]:
         faults.append("it must have either dataset = NAME or datasets = [NAMES]")
     if found.optional_datasets and not found.datasets:
         faults.append("optional_datasets go with datasets = [NAMES]")
+    names = [*found.datasets, *found.optional_datasets]
+    faults += [f"dataset {one_line(name)!r} stands twice" for name in sorted({n for n in names if names.count(n) > 1})]
     known = [*found.recipes, *found.optional_recipes]
     for name in dict.fromkeys(name for pair in found.contrasts for name in pair):
         if name not in known:

@@ -58,8 +58,8 @@ _SPDX = {
 }
 _TAG = re.compile(r"[A-Za-z0-9_.+-]{1,100}")
 _UNUSABLE = "unusable: "
-_METADATA_KEYS = ("mean", "std", "crop_pct", "interpolation")
-_METADATA = "mean and std as three numbers, crop_pct as a number, a known interpolation"
+_METADATA_KEYS = ("mean", "std", "crop_pct", "interpolation", "image_size")
+_METADATA = "mean and std as three numbers, crop_pct as a number, a known interpolation, image_size in pixels"
 
 
 def list_models(pattern: str = "*") -> list[ModelSpec]:
@@ -278,6 +278,8 @@ def _with_metadata(row: ModelSpec, path: Path) -> ModelSpec:
     except (SafetensorError, OSError, ValueError) as error:
         raise ZooError(f"{path.name!r} in ZOO_WEIGHTS is no whole safetensors file: {one_line(error, 120)}") from error
     update: dict[str, Any] = {key: said[key] for key in _METADATA_KEYS if key in said}
+    if row.fixed_input_size:
+        update.pop("image_size", None)  # the architecture's own, which `create_model` changes where it can
     try:
         for key in {"mean", "std"} & set(update):
             update[key] = tuple(float(part) for part in update[key].strip(" []()").split(","))
@@ -287,7 +289,10 @@ def _with_metadata(row: ModelSpec, path: Path) -> ModelSpec:
             f"{path.name!r} in ZOO_WEIGHTS: its metadata must hold {_METADATA}. "
             f"Got {one_line(update)}; mend it or remove the file"
         ) from error
-    _check_preprocessing(preprocessing, f"{path.name!r} in ZOO_WEIGHTS: its metadata")
+    where = f"{path.name!r} in ZOO_WEIGHTS: its metadata"
+    _check_preprocessing(preprocessing, where)
+    if preprocessing.image_size < MIN_IMAGE_SIZE:
+        raise ZooError(f"{where} must have image_size of at least {MIN_IMAGE_SIZE}. Got {preprocessing.image_size}")
     licence = said.get("licence") or said.get("license") or row.licence
     return replace(row, preprocessing=preprocessing, licence=one_line(licence, 40))
 

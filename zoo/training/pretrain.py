@@ -22,6 +22,7 @@ from zoo.files import (
     check_writable,
     digest_of,
     read_json,
+    sha256_file,
     to_json,
     write_json,
     write_text,
@@ -131,6 +132,7 @@ def pretrain(
     folder = root.root / "models" / "pretrained" / name
     if _finished(folder, name, settings):
         return folder
+    _check_network(settings)
     check_writable(folder)
     with run_lock(root, f"pretrain-{name}"):
         try:
@@ -144,14 +146,32 @@ def pretrain(
 
 
 def _finished(folder: Path, name: str, settings: Pretraining) -> bool:
-    card = folder / f"{name}.json"
-    if not card.is_file():
+    file = folder / f"{name}.json"
+    if not file.is_file():
         return False
-    if read_json(card).get("digest") != settings.digest:
+    card, weights = read_json(file), folder / f"{name}.safetensors"
+    if card.get("digest") != settings.digest:
         raise ZooError(
             f"{str(folder)!r} holds weights that were pretrained otherwise; choose another --tag, or remove the folder"
         )
+    if not weights.is_file() or sha256_file(weights) != card.get("sha256"):
+        raise ZooError(f"{str(weights)!r} is gone or not what its card says; remove the folder to pretrain anew")
     return True
+
+
+def _check_network(settings: Pretraining) -> None:
+    """Raise ZooError where the architecture lacks a part that is needed, or takes no crops of these sizes."""
+    try:
+        with torch.device("meta"):
+            net = FormulaNet(settings.arch, 2, max(settings.image_sizes))
+            for size in settings.image_sizes:
+                net(torch.zeros(2, 3, size, size))
+    except Exception as error:  # a network may refuse in any way
+        sizes = ", ".join(map(str, settings.image_sizes))
+        raise ZooError(
+            f"{settings.arch!r} cannot be pretrained on crops of {sizes} px: {one_line(error, 120)}; take a "
+            "convolutional network, or other --image-sizes"
+        ) from error
 
 
 class _Pretrainer:
