@@ -201,6 +201,7 @@ def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "zoo", "pretrain", "test_resnet", *toy, *arguments]
 
 
+@pytest.mark.slow
 def test_the_command_pretrains_says_how_to_use_it_and_is_done_the_second_time(tmp_path):
     said = subprocess.run(
         _command("--home", str(tmp_path), "--json"), capture_output=True, text=True, check=True, timeout=120
@@ -213,6 +214,7 @@ def test_the_command_pretrains_says_how_to_use_it_and_is_done_the_second_time(tm
     assert f"ZOO_WEIGHTS={folder}" in again.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_it_with_its_code_and_the_same_command_goes_on(tmp_path, sent, code):
     command = _command("--home", str(tmp_path), "--epochs", "400", "--tag", "long")
@@ -250,6 +252,7 @@ def test_wrong_options_are_one_line(tmp_path, arguments, said):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_images_are_drawn_leaves_no_file_no_process_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "zoo", "pretrain", "test_resnet", "--home", str(tmp_path)]
     command += ["--families", "programs", "--images", "1500"]  # a minute and a half of drawing
