@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -73,8 +74,27 @@ def _centres(rng: Rng, count: int) -> Field:
     return made
 
 
+def _things(rng: Rng, cell: Cell, size_px: int, inside: Callable[[], Field]) -> Field:
+    """Return the opacity of the dots, which every class has, and of the class's contents; inside: draws a place."""
+    things = np.zeros((size_px, size_px), np.float32)
+
+    def add(profile: str, low: float, high: float) -> None:
+        nonlocal things
+        things = np.maximum(things, _thing(rng, profile, size_px, inside(), rng.uniform(low, high)))
+
+    for _ in range(int(rng.integers(2, 7))):
+        add("smooth", 0.015, 0.035)
+    if cell["contents"] == "several":
+        for _ in range(int(rng.integers(5, 10))):
+            add("smooth", 0.045, 0.075)
+    elif cell["contents"] != "none":
+        size = rng.uniform(*_RADII[cell["contents"]])
+        things = np.maximum(things, _thing(rng, cell["contents"], size_px, inside(), size))
+    return things
+
+
 def draw_bodies(rng: Rng, cell: Cell, size_px: int) -> Field:
-    """Return a body (size, size, 3) in [0, 1]: cavities, dots and branches are in every class, contents in most."""
+    """Return a body (size, size, 3) in [0, 1]: cavities with dots in every class, contents and branches in most."""
     zero = np.zeros(2)
     aspect = rng.uniform(0.72, 1.0)
     body = _oval(rng, size_px, zero + rng.uniform(-0.05, 0.05, 2), np.array([0.93, 0.93 * aspect]), 0.02)
@@ -85,7 +105,7 @@ def draw_bodies(rng: Rng, cell: Cell, size_px: int) -> Field:
     tall = {1: 0.95, 2: 1.55, 4: 0.9}[cell["cavities"]]
     ovals = [_oval(rng, size_px, each, radius * np.array([1.0, tall * aspect]), 0.05) for each in centres]
     cavity = np.maximum.reduce(ovals)
-    lines, things = np.zeros((size_px, size_px), np.uint8), np.zeros((size_px, size_px), np.float32)
+    lines = np.zeros((size_px, size_px), np.uint8)
     for centre in centres:
         for turn in rng.uniform(0, 2 * np.pi, int(rng.integers(*BRANCHES[cell["branches"]], endpoint=True))):
             _branches(rng, lines, centre + rng.normal(0, 0.08, 2), turn, radius * rng.uniform(0.3, 0.5), _DEPTH)
@@ -96,14 +116,7 @@ def draw_bodies(rng: Rng, cell: Cell, size_px: int) -> Field:
         made: Field = centre + away * np.array([np.cos(turn), np.sin(turn) * tall * aspect])
         return made
 
-    for _ in range(int(rng.integers(2, 7))):  # dots everywhere, so that not every bright thing is a content
-        things = np.maximum(things, _thing(rng, "smooth", size_px, inside(), rng.uniform(0.015, 0.035)))
-    if cell["contents"] == "several":
-        for _ in range(int(rng.integers(5, 10))):
-            things = np.maximum(things, _thing(rng, "smooth", size_px, inside(), rng.uniform(0.045, 0.075)))
-    elif cell["contents"] != "none":
-        size = rng.uniform(*_RADII[cell["contents"]])
-        things = np.maximum(things, _thing(rng, cell["contents"], size_px, inside(), size))
+    things = _things(rng, cell, size_px, inside)
     air, fat, soft = rng.uniform(0, 0.15), rng.uniform(0.3, 0.5), rng.uniform(0.5, 0.75)
     dark = rng.uniform(0.08, 0.3)
     field = air + (fat - air) * body

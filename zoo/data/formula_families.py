@@ -25,6 +25,7 @@ class Family:
 
 
 def _drawn(count: int, draw: Callable[[Rng], Cell], family: int) -> Callable[[int], list[Cell]]:
+    """Return what draws so many cells; `family` keeps two families' draws apart, and never changes."""
     return lambda seed: [draw(np.random.default_rng([seed, family, number])) for number in range(count)]
 
 
@@ -43,7 +44,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "contours",
             "closed curves with waves on their radius",
-            "Kataoka et al. 2022, arXiv 2206.09132",
+            "Kataoka et al. 2022, arXiv 2206.09132; visual atoms, arXiv 2303.01112",
             _drawn(120, shapes.contour_cell, 2),
             shapes.draw_contours,
         ),
@@ -57,7 +58,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "textures",
             "band-pass noise, gratings, Voronoi cells, warped noise, worms",
-            "Baradad et al. 2021, arXiv 2106.05963; visual atoms, arXiv 2303.01112",
+            "noise and stripes as in Baradad et al. 2021, arXiv 2106.05963; the rest our own",
             surfaces.texture_cells,
             surfaces.draw_textures,
         ),

@@ -112,13 +112,23 @@ def relief(rng: Rng, image: Field, height: Field) -> Field:
     return made
 
 
-def posed(rng: Rng, size_px: int, zoom: tuple[float, float], turn: float = 2 * np.pi) -> tuple[Field, Field]:
-    """Return the grid turned by up to `turn` radians, sheared, stretched, shifted, and scaled by a draw of zoom."""
+def rotation(angle: float) -> Field:
+    """Return the 2 x 2 matrix that turns by an angle in radians."""
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+
+def affine(rng: Rng, turns: tuple[float, float], stretched: float = 0.28) -> Field:
+    """Return a 2 x 2 matrix that shears, stretches by up to exp(stretched), and turns by a draw of radians."""
+    turn, aspect, shear = rng.uniform(*turns), np.exp(rng.uniform(-stretched, stretched)), rng.uniform(-0.3, 0.3)
+    made: Field = rotation(turn) @ np.array([[aspect, shear], [0, 1 / aspect]])
+    return made
+
+
+def posed(rng: Rng, size_px: int, zoom: tuple[float, float]) -> tuple[Field, Field]:
+    """Return the grid turned, sheared, stretched, shifted, and scaled by a draw of zoom."""
     x, y = grid(size_px)
-    angle, aspect = rng.uniform(-turn / 2, turn / 2), np.exp(rng.uniform(-0.28, 0.28))
-    shear, scale = rng.uniform(-0.3, 0.3), rng.uniform(*zoom)
-    cos, sin = np.cos(angle), np.sin(angle)
-    matrix = scale * np.array([[cos, -sin], [sin, cos]]) @ np.array([[aspect, shear], [0, 1 / aspect]])
+    matrix, scale = affine(rng, (-np.pi, np.pi)), rng.uniform(*zoom)
+    matrix = scale * matrix
     shift = rng.uniform(-0.25, 0.25, 2) * scale
     a, b, c, d = matrix.astype(np.float32).ravel()
     return a * x + b * y + np.float32(shift[0]), c * x + d * y + np.float32(shift[1])

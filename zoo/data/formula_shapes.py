@@ -12,6 +12,7 @@ from zoo.data.formula_fields import (
     Cell,
     Field,
     Rng,
+    affine,
     blend,
     colour_map,
     fbm,
@@ -21,8 +22,11 @@ from zoo.data.formula_fields import (
     on_canvas,
     palette,
     relief,
+    rotation,
     stretch,
 )
+
+_ALL_ROUND = (0, 2 * np.pi)
 
 # -- leaves: opaque shapes that fall on each other ----------------------------------------------------------------
 
@@ -75,7 +79,8 @@ def draw_leaves(rng: Rng, cell: Cell, size_px: int) -> Field:
     return made
 
 
-# -- contours: closed curves with waves on their radius (Kataoka et al. 2022, arXiv 2206.09132) -------------
+# -- contours: closed curves with waves on their radius (Kataoka et al. 2022, arXiv 2206.09132; visual atoms,
+# -- arXiv 2303.01112) ------------------------------------------------------------------------------------------------
 
 
 def contour_cell(rng: Rng) -> Cell:
@@ -101,23 +106,13 @@ def _contour(rng: Rng, cell: Cell) -> Field:
     return made
 
 
-def _affine(rng: Rng) -> Field:
-    """Return a 2 x 2 matrix that turns, stretches and shears."""
-    turn, aspect, shear = rng.uniform(0, 2 * np.pi), np.exp(rng.uniform(-0.28, 0.28)), rng.uniform(-0.3, 0.3)
-    cos, sin = np.cos(turn), np.sin(turn)
-    made: Field = (np.array([[cos, -sin], [sin, cos]]) @ np.array([[aspect, shear], [0, 1 / aspect]])).astype(
-        np.float32
-    )
-    return made
-
-
 def draw_contours(rng: Rng, cell: Cell, size_px: int) -> Field:
     """Return one to three closed curves with waves on their radius, (size, size, 3)."""
     image, height = ground(rng, size_px), np.zeros((size_px, size_px), np.float32)
     copies = int(rng.integers(1, 4))
     for _ in range(copies):
         radius = rng.uniform(0.45, 0.85) / np.sqrt(copies)
-        place, matrix = rng.uniform(-0.9, 0.9, 2) * (1 - 0.7 * radius) * 0.8, _affine(rng)
+        place, matrix = rng.uniform(-0.9, 0.9, 2) * (1 - 0.7 * radius) * 0.8, affine(rng, _ALL_ROUND).astype(np.float32)
         outline, colours = _contour(rng, cell), palette(rng, cell["rings"] + 1)
         textured = blend(
             image, colour_map(rng, stretch(fbm(rng, size_px, 1.2))), np.full_like(height, 0.6 * rng.uniform())
@@ -156,14 +151,10 @@ def fractal_cell(rng: Rng) -> Cell:
     turns = rng.uniform(0, 2 * np.pi, (count, 2))
     signs = rng.choice((-1.0, 1.0), (count, 2))
     matrices = [
-        _rotation(one) @ np.diag(value * sign) @ _rotation(two)
+        rotation(one) @ np.diag(value * sign) @ rotation(two)
         for (one, two), value, sign in zip(turns, values, signs, strict=True)
     ]
     return {"matrices": np.array(matrices), "shifts": rng.uniform(-1, 1, (count, 2))}
-
-
-def _rotation(angle: float) -> Field:
-    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
 def _chaos_game(rng: Rng, matrices: Field, shifts: Field) -> Field:
@@ -185,7 +176,7 @@ def draw_fractals(rng: Rng, cell: Cell, size_px: int) -> Field:
     points = _chaos_game(rng, matrices, shifts)
     low, high = np.percentile(points, (1, 99), axis=0)
     points = (points - (low + high) / 2) / (np.max(high - low) / 2 + 1e-6)
-    points = points @ _affine(rng).T * rng.uniform(0.55, 0.95) + rng.uniform(-0.2, 0.2, 2)
+    points = points @ affine(rng, _ALL_ROUND).astype(np.float32).T * rng.uniform(0.55, 0.95) + rng.uniform(-0.2, 0.2, 2)
     cells = np.floor((points + 1) * (size_px / 2)).astype(np.int64)
     cells = cells[((cells >= 0) & (cells < size_px)).all(axis=1)]
     counts = np.bincount(cells[:, 1] * size_px + cells[:, 0], minlength=size_px**2).reshape(size_px, size_px)
@@ -221,7 +212,8 @@ def _bernstein(count: int) -> Field:
 
 def draw_glyphs(rng: Rng, cell: Cell, size_px: int) -> Field:
     """Return one sign, its strokes a little bent and turned, (size, size, 3)."""
-    matrix = _affine_upright(rng)
+    # Turned by 20 degrees at most: a sign on its head is another sign.
+    matrix = (affine(rng, (-0.35, 0.35), 0.3) * rng.uniform(0.5, 0.95)).astype(np.float32)
     shift, width = rng.uniform(-0.15, 0.15, 2), int(rng.integers(2, max(4, size_px // 9)))
     mask = np.zeros((size_px, size_px), np.uint8)
     for stroke in cell["strokes"]:
@@ -235,15 +227,6 @@ def draw_glyphs(rng: Rng, cell: Cell, size_px: int) -> Field:
     under = ground(rng, size_px) if rng.uniform() < 0.6 else palette(rng, 1)[0]
     full = np.zeros((size_px, size_px, 3), np.float32)
     return blend(full + under, full + over, alpha)
-
-
-def _affine_upright(rng: Rng) -> Field:
-    """Return a matrix that turns by 20 degrees at most: a sign on its head is another sign."""
-    turn, aspect, shear = rng.uniform(-0.35, 0.35), np.exp(rng.uniform(-0.3, 0.3)), rng.uniform(-0.3, 0.3)
-    cos, sin = np.cos(turn), np.sin(turn)
-    turned = np.array([[cos, -sin], [sin, cos]]) @ np.array([[aspect, shear], [0, 1 / aspect]])
-    made: Field = (turned * rng.uniform(0.5, 0.95)).astype(np.float32)
-    return made
 
 
 # -- spots: a few or many small things of one profile and size -------------------------------------------------------
