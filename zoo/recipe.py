@@ -47,7 +47,12 @@ class ModelTable(_Table):
 
 
 class FinetuneTable(_Table):
-    """`[finetune]`: what is trained, for how long, and which epoch on val is kept."""
+    """`[finetune]`: what is trained, for how long, and which epoch on val is kept.
+
+    batch_size: images of a batch; an update follows every `accumulate` batches, whose gradients are those of one batch
+    of batch_size x accumulate. freeze: stages, or modules by name, that keep their weights. image_sizes: pixels,
+    growing over the run. sampler: `balanced` draws every class equally often.
+    """
 
     strategy: Strategy = "full"
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 12
@@ -55,6 +60,10 @@ class FinetuneTable(_Table):
     head_lr: Positive | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
+    accumulate: Annotated[int, Field(ge=1, le=4096)] = 1
+    freeze: list[Annotated[str, Field(min_length=1)]] = []
+    image_sizes: list[Annotated[int, Field(ge=16, le=2048)]] = []
+    sampler: Literal["shuffled", "balanced"] = "shuffled"
     clip_grad: Positive | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     patience: Annotated[int, Field(ge=1)] | None = None
@@ -101,16 +110,49 @@ class ScheduleTable(_Table):
 
 
 class LossTable(_Table):
-    """`[loss]`: cross-entropy, weighted by class and smoothed."""
+    """`[loss]`: cross-entropy or focal loss (Lin et al. 2017, arXiv 1708.02002), weighted by class; or smoothed.
 
+    gamma: how much less the focal loss counts images that are right already; left out, 2.
+    """
+
+    name: Literal["cross_entropy", "focal"] = "cross_entropy"
+    gamma: Annotated[float, Field(ge=0, le=10)] | None = None
     class_weights: Literal["none", "balanced"] = "none"
     label_smoothing: Fraction = 0.0
+
+
+class AverageTable(_Table):
+    """`[average]`: weights averaged over epochs of a run, or over runs of several seeds.
+
+    method: `swa`, the mean of the last `last_epochs` epochs (Izmailov et al. 2018, arXiv 1803.05407), or `soup`,
+    those of them that help on val, taken greedily (Wortsman et al. 2022, arXiv 2203.05482). seeds: a greedy soup of
+    the runs of so many seeds.
+    """
+
+    method: Literal["none", "swa", "soup"] = "none"
+    last_epochs: Annotated[int, Field(ge=2, le=10_000)] | None = None
+    seeds: Annotated[int, Field(ge=2, le=64)] | None = None
+
+
+class ScoreTable(_Table):
+    """`[score]`: how a trained model is scored. tta: the mean over views of an image, its mirror, its corners."""
+
+    tta: Literal["none", "flip", "crops", "flip-crops"] = "none"
+
+
+PRECISIONS = tuple(
+    f"{dtype}{layout}{compiled}"
+    for dtype in ("float32", "bf16", "fp16")
+    for layout in ("", "-nchw", "-channels-last")
+    for compiled in ("", "-compile")
+)
 
 
 class Recipe(_Table):
     """One recipe; `name` is that of its file.
 
-    `workers` and `device` say where it is computed and are no part of its identity; everything else is.
+    `workers`, `device` and `checkpoint_minutes` say where and how safely it is computed and are no part of its
+    identity; everything else is. precision: `auto`, or one of PRECISIONS.
     """
 
     name: str = Field(default="recipe", exclude=True)
@@ -118,13 +160,16 @@ class Recipe(_Table):
     source: str = ""
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
-    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    precision: Annotated[str, Field(pattern=rf"^(auto|{'|'.join(PRECISIONS)})$")] = "auto"
+    checkpoint_minutes: Annotated[float, Field(ge=0, le=1440)] = 5.0
     model: ModelTable
     finetune: FinetuneTable = FinetuneTable()
     augment: AugmentTable = AugmentTable()
     optimizer: OptimizerTable = OptimizerTable()
     schedule: ScheduleTable = ScheduleTable()
     loss: LossTable = LossTable()
+    average: AverageTable = AverageTable()
+    score: ScoreTable = ScoreTable()
     search: dict[str, dict[str, Any]] = {}
 
     @property
@@ -149,9 +194,11 @@ class Recipe(_Table):
     def digest(self) -> str:
         """Return the identity of the recipe: whatever changes the numbers, and nothing else."""
         kept = self.table()
-        for key in ("summary", "source", "workers", "device", "search"):
+        for key in ("summary", "source", "workers", "device", "checkpoint_minutes", "search"):
             kept.pop(key, None)
-        return digest_of(kept)
+        for table, keys in _LATER.items():  # so that runs from before a key was known stay finished
+            kept[table] = {key: value for key, value in kept[table].items() if value != keys.get(key, _NEVER)}
+        return digest_of({key: value for key, value in kept.items() if value or key not in ("average", "score")})
 
     def table(self) -> dict[str, Any]:
         """Return the recipe as a TOML table with every default filled in."""
@@ -160,6 +207,16 @@ class Recipe(_Table):
     def write(self, path: Path) -> None:
         """Write the recipe as TOML, every default filled in."""
         write_toml(path, self.table())
+
+
+_NEVER = object()
+# Keys that came after the first release, with the defaults that are no part of a recipe's identity.
+_LATER: dict[str, dict[str, Any]] = {
+    "finetune": {"accumulate": 1, "freeze": [], "image_sizes": [], "sampler": "shuffled"},
+    "loss": {"name": "cross_entropy"},
+    "average": {"method": "none"},
+    "score": {"tta": "none"},
+}
 
 
 def load_recipe(
@@ -319,15 +376,24 @@ def _not_finite(table: dict[str, Any]) -> dict[str, str]:
 
 
 # Tables and lists whose own keys or places the schema does not name.
-_OPEN = ("model.options", "model.mean", "model.std", "augment.transforms", "search")
+_OPEN = (
+    "model.options",
+    "model.mean",
+    "model.std",
+    "augment.transforms",
+    "finetune.freeze",
+    "finetune.image_sizes",
+    "search",
+)
 _ALLOWED = {
     "workers": "'auto' or a whole number from 0 to 256",
     "device": "'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'",
+    "precision": "'auto', 'float32', 'bf16' or 'fp16', with '-nchw' or '-channels-last' after it, and '-compile'",
     "model.options": "a table of text, finite numbers, true or false",
     "model.mean": "a list of three numbers",
     "model.std": "a list of three numbers above 0",
 }
-_NAMES = {"workers": "auto", "device": "auto, cpu, mps, cuda"}
+_NAMES = {"workers": "auto", "device": "auto, cpu, mps, cuda", "precision": ", ".join(("auto", *PRECISIONS))}
 _ALLOWED_BY_TYPE = {
     "model_type": "a table",
     "dict_type": "a table",
@@ -395,6 +461,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
         )
     if tune.strategy == "full" and tune.head_epochs is not None:
         faults.append("finetune.head_epochs means nothing where finetune.strategy = 'full'; leave it out")
+    faults += _training_contradictions(recipe) + _average_contradictions(recipe)
     if recipe.schedule.warmup_epochs >= tune.epochs and recipe.schedule.warmup_epochs > 0:
         faults.append(
             f"schedule.warmup_epochs must be below finetune.epochs ({tune.epochs}). "
@@ -403,13 +470,73 @@ def _contradictions(recipe: Recipe) -> list[str]:
     return faults
 
 
+def _training_contradictions(recipe: Recipe) -> list[str]:
+    tune, faults = recipe.finetune, []
+    if tune.strategy == "linear-probe":
+        unused = [key for key in ("accumulate", "freeze", "image_sizes") if key in _changed(tune, "finetune")]
+        faults += [
+            f"finetune.{key} means nothing where finetune.strategy = 'linear-probe'; leave it out" for key in unused
+        ]
+    if tune.strategy == "gradual" and tune.freeze:
+        faults.append(
+            "finetune.freeze cannot go with finetune.strategy = 'gradual', which opens every stage; use 'full'"
+        )
+    if tune.image_sizes != sorted(set(tune.image_sizes)):
+        faults.append(f"finetune.image_sizes must grow. Got {tune.image_sizes}")
+    if len(tune.image_sizes) > max(1, tune.epochs - recipe.head_epochs):
+        faults.append(
+            f"finetune.image_sizes must not be more than the epochs of the whole network "
+            f"({tune.epochs - recipe.head_epochs}). Got {len(tune.image_sizes)}"
+        )
+    if recipe.loss.name == "focal" and recipe.loss.label_smoothing:
+        faults.append("loss.label_smoothing cannot go with loss.name = 'focal'; leave one out")
+    if recipe.loss.name != "focal" and recipe.loss.gamma is not None:
+        faults.append("loss.gamma means nothing without loss.name = 'focal'; leave it out")
+    return faults
+
+
+def _average_contradictions(recipe: Recipe) -> list[str]:
+    tune, average, faults = recipe.finetune, recipe.average, []
+    network = tune.epochs - recipe.head_epochs
+    if average.method == "none" and average.last_epochs is not None:
+        faults.append("average.last_epochs means nothing without average.method = 'swa' or 'soup'; leave it out")
+    if average.method != "none" and tune.ema_decay is not None:
+        faults.append("average.method cannot go with finetune.ema_decay, which averages already; leave one out")
+    if average.method != "none" and (average.last_epochs or 2) > network:
+        faults.append(
+            f"average.last_epochs must be at most the epochs of the whole network ({network}). "
+            f"Got {average.last_epochs or 2}"
+        )
+    if average.seeds is not None and recipe.model.weights == "scratch":
+        faults.append(
+            "average.seeds needs weights that all seeds start from: networks from scratch cannot be averaged; set "
+            "model.weights, or leave it out"
+        )
+    return faults
+
+
+def _changed(table: _Table, name: str) -> set[str]:
+    """Return the keys of a table that differ from the defaults of keys that came later."""
+    return {key for key, default in _LATER[name].items() if getattr(table, key) != default}
+
+
 def _number(value: float) -> str:
     """Return a number as a person writes it: whole ones without a point."""
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
 
 
 # What says nothing about how well a recipe does.
-_NOT_SEARCHED = ("summary", "source", "workers", "device", "search", "model.name")
+_NOT_SEARCHED = (
+    "summary",
+    "source",
+    "workers",
+    "device",
+    "checkpoint_minutes",
+    "search",
+    "model.name",
+    "score.tta",
+    "average.seeds",
+)
 
 
 def _search_faults(table: dict[str, Any]) -> list[str]:
