@@ -84,6 +84,7 @@ class RunRecord(BaseModel):
     device: str = ""
     precision: dict[str, Any] = {}
     threads: int | None = None
+    processes: int = 1
     versions: dict[str, str] = {}
     notes: list[str] = []
     leaks_accepted: bool = False
