@@ -7,7 +7,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from zoo.errors import ZooError, one_line
 
@@ -65,7 +65,8 @@ def _parse_manifest(stream: _Hashed, path: Path) -> list[list[str]]:
     shared: dict[str, str] = {}
     part: list[list[str]] = []
     try:
-        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+        text = io.TextIOWrapper(cast(Any, stream), "utf-8-sig", newline="")
+        reader = csv.reader(text, strict=True)
         header = next(reader, [])
         missing = [column for column in COLUMNS if column not in header]
         if missing:
