@@ -120,7 +120,7 @@ class Trainer:
         if self.checkpoint is not None:
             feature_cache.load_grown(model, self.checkpoint.part("model"))
             stored = self.checkpoint.kept_tensors("best")
-            self.best_logits = stored.pop("val.logits")
+            self.best_logits = stored.pop("val.logits", self.best_logits)
             self.best = {key.removeprefix("weights/"): value for key, value in stored.items()}
         model = model.to(self.device)
         self.precision = self.group.shared(self._precision(model))
