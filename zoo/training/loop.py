@@ -91,6 +91,8 @@ def _train_locked(plan: Plan, group: Group, on_tick: OnTick, on_epoch: OnEpoch) 
         _record_failure(plan, group, str(error))
         raise
     except Exception as error:
+        if not group.leads and isinstance(error, RuntimeError) and "onnection" in str(error):
+            raise ZooError(f"process {group.rank} of the run stops, because another one has ended; see there") from None
         # A network may break in any way; that must not take the benchmark down, nor lose the traceback.
         said = f"{type(error).__name__}: {one_line(error, 200)}"
         _record_failure(plan, group, said, traceback.format_exc())
