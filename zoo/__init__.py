@@ -44,6 +44,7 @@ _PLACES = {
     "show_dataset": "zoo.reporting.sheets",
     "split_summary": "zoo.data.manifest",
     "train": "zoo.training.loop",
+    "tune": "zoo.benchmark.tune",
 }
 __all__ = ["__version__", *sorted(_PLACES)]  # noqa: PLE0604
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from zoo.benchmark.outlook import plan as plan
     from zoo.benchmark.reports import report as report
     from zoo.benchmark.suite import bench as bench
+    from zoo.benchmark.tune import tune as tune
     from zoo.data.manifest import load_dataset as load_dataset
     from zoo.data.manifest import split_summary as split_summary
     from zoo.data.resplit import fold_dataset as fold_dataset
