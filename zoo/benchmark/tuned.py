@@ -22,7 +22,7 @@ from zoo.reporting import plots, tuning
 from zoo.runs import Run
 from zoo.training.plan import Plan
 
-LEAST_FOR_IMPORTANCE = 8  # complete trials; a forest on fewer says nothing
+LEAST_FOR_IMPORTANCE = 6  # complete trials; a forest on fewer says nothing
 _ROUGH = 30  # complete trials below which importances are rough
 
 
@@ -30,7 +30,7 @@ _ROUGH = 30  # complete trials below which importances are rough
 class Tuned:
     """What a study found.
 
-    recipe: the name of the recipe that was written, loadable with `load_recipe`; file: where. best, default: rows of
+    sign: -1 where a lower metric is better. recipe: the name of the recipe that was written, loadable with `load_recipe`; file: where. best, default: rows of
     trials, as in `trials` (number, state, value, params, epochs, seconds, reason). comparison: tuned minus default on
     val, with its interval; None where the recipe as it is failed. importance: of each key, adding up to 1 at the
     most; None where too few trials are complete. folder: of the journal, the trials and the figures. next_command:
@@ -45,6 +45,7 @@ class Tuned:
     folder: Path
     metric: str
     sign: int
+    space: dict[str, dict[str, Any]]
     best: dict[str, Any]
     default: dict[str, Any]
     trials: list[dict[str, Any]]
@@ -62,6 +63,8 @@ class Tuned:
             "recipe": self.base,
             "tuned_recipe": self.recipe,
             "metric": self.metric,
+            "sign": self.sign,
+            "space": self.space,
             "best": self.best,
             "default": self.default,
             "counts": {state: states.count(state) for state in ("complete", "pruned", "failed", "running")},
@@ -107,6 +110,7 @@ def finish(study: Study, plan: Plan, most: int, root: Home, name: str | None, co
             folder=study.folder,
             metric=study.metric,
             sign=study.sign,
+            space=study.space.spaces,
             best=best,
             default=default,
             trials=rows,
@@ -115,7 +119,7 @@ def finish(study: Study, plan: Plan, most: int, root: Home, name: str | None, co
             notes=_notes(study, rows, best),
             next_command=command(written),
         )
-        for key, figure in tuning.figures(found.document(), study.space.spaces, study.sign).items():
+        for key, figure in tuning.figures(found.document()).items():
             plots.save_figure(figure, study.folder / f"{key}.png")
         write_json(study.folder / "study.json", found.document())
         return found

@@ -89,10 +89,10 @@ def _print(found: Tuned) -> None:
     from zoo.reporting import tuning
 
     out, document = console(), found.document()
-    heads, rows = tuning.table(document, found.sign, out.width)
+    heads, rows = tuning.table(document, out.width)
     counts = ", ".join(f"{count} {state}" for state, count in document["counts"].items() if count)
     texts = ("state", "parameters")
-    title = f"{found.base} on {found.dataset}, trials: {counts}"
+    title = f"{found.base} on {found.dataset}, val {found.metric}; trials: {counts}"
     print_table(heads, rows, title, numbers=set(heads) - set(texts), folded=("parameters",))
     importance = tuning.importance_text(document)
     said = [tuning.comparison_text(document), f"importance: {importance}" if importance else ""]

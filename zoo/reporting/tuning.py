@@ -33,23 +33,23 @@ _TICKS = 5  # of an axis, about
 _NEAR = 0.07  # of an axis; nearer, two labels would touch
 
 
-def figures(document: Mapping[str, Any], spaces: Mapping[str, Mapping[str, Any]], sign: int) -> dict[str, Figure]:
+def figures(document: Mapping[str, Any]) -> dict[str, Figure]:
     """Return the figures of a study by file name: `history`, `parallel-coordinate`, and `importance` if there is any.
 
-    document: as `study.json` has it. spaces: key to its range or choices. sign: -1 where a lower value is better.
+    document: as `study.json` has it.
     """
     found = {
-        "history": plot_history(document, sign),
-        "parallel-coordinate": plot_parallel_coordinate(document, spaces, sign),
+        "history": plot_history(document),
+        "parallel-coordinate": plot_parallel_coordinate(document),
     }
     if document["importance"]:
         found["importance"] = plot_importance(document)
     return found
 
 
-def plot_history(document: Mapping[str, Any], sign: int) -> Figure:
+def plot_history(document: Mapping[str, Any]) -> Figure:
     """Return the value of each trial in the order of their numbers, and the best up to each."""
-    rows, metric = document["trials"], document["metric"]
+    rows, metric, sign = document["trials"], document["metric"], document["sign"]
     figure = new_figure(WIDTH, 3.4)
     axes = figure.subplots()
     complete = [row for row in rows if row["state"] == "complete"]
@@ -86,9 +86,10 @@ def plot_history(document: Mapping[str, Any], sign: int) -> Figure:
     return titled(figure, _title(document, "value of each trial"))
 
 
-def plot_parallel_coordinate(document: Mapping[str, Any], spaces: Mapping[str, Mapping[str, Any]], sign: int) -> Figure:
+def plot_parallel_coordinate(document: Mapping[str, Any]) -> Figure:
     """Return every trial as a line over its parameters, coloured by its value; the best and the default stand out."""
-    metric, keys = document["metric"], list(spaces)
+    metric, sign, spaces = document["metric"], document["sign"], document["space"]
+    keys = list(spaces)
     shown = [row for row in document["trials"] if row["params"].keys() >= spaces.keys()]
     complete = [row for row in shown if row["state"] == "complete"]
     figure = new_figure(WIDTH, 3.9)
@@ -204,25 +205,23 @@ def _title(document: Mapping[str, Any], what: str) -> str:
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def table(document: Mapping[str, Any], sign: int, width: int) -> tuple[list[str], list[list[str]]]:
+def table(document: Mapping[str, Any], width: int) -> tuple[list[str], list[list[str]]]:
     """Return heads and cells of the best trials, and the default; parameters share a column where there is no room."""
-    rows = sorted(document["trials"], key=lambda row: _rank(row, sign))
+    rows = sorted(document["trials"], key=lambda row: _rank(row, document["sign"]))
     shown = rows[:TOP]
     shown += [row for row in rows[TOP:] if row["number"] == 0]
-    keys = list(dict.fromkeys(key for row in document["trials"] for key in row["params"]))
+    keys = list(document["space"])
     names = _short_names(keys)
-    metric = f"val {document['metric']}"
-    head, tail = ["trial", metric], ["state", "epochs", "s"]
+    heads = ["trial", "val", *names, "state", "epochs", "s"]
     wide = [[*_head(row), *(_cell(row["params"].get(key)) for key in keys), *_tail(row)] for row in shown]
-    heads = [*head, *names, *tail]
     if sum(max(len(line[place]) for line in [heads, *wide]) + 3 for place in range(len(heads))) <= width + 3:
         return heads, wide
-    folded = [
+    texts = [
         ", ".join(f"{name} {_cell(row['params'].get(key))}" for key, name in zip(keys, names, strict=True))
         for row in shown
     ]
-    cells = [[*_head(row), text, *_tail(row)] for row, text in zip(shown, folded, strict=True)]
-    return [*head, "parameters", *tail], cells
+    cells = [[*_head(row), text, *_tail(row)[:-1]] for row, text in zip(shown, texts, strict=True)]
+    return ["trial", "val", "parameters", "state", "epochs"], cells
 
 
 def _rank(row: Mapping[str, Any], sign: int) -> tuple[int, float, int]:
@@ -245,7 +244,7 @@ def _tail(row: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _short_names(keys: Sequence[str]) -> list[str]:
