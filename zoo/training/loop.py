@@ -64,11 +64,6 @@ class Tick:
 
 
 OnTick = Callable[[Tick], None]
-OnEpoch = Callable[[dict[str, Any]], None]
-
-
-class StopRun(Exception):
-    """Raised by on_epoch to end a run where it is; it passes through unchanged."""
 
 
 def train(
@@ -93,7 +88,7 @@ def train(
     return train_plan(plan, on_tick)
 
 
-def train_plan(plan: Plan, on_tick: OnTick | None = None, on_epoch: OnEpoch | None = None) -> Run:
+def train_plan(plan: Plan, on_tick: OnTick | None = None) -> Run:
     """Train what a plan says and return the run; a failure is recorded in the run folder and raised."""
     done = finished_run(plan)
     if done is not None:
@@ -106,9 +101,7 @@ def train_plan(plan: Plan, on_tick: OnTick | None = None, on_epoch: OnEpoch | No
         for name in ("run.json", "traceback.txt"):
             (plan.run.path / name).unlink(missing_ok=True)
         try:
-            return _Trainer(plan, on_tick or (lambda _: None), on_epoch or (lambda _: None)).run()
-        except StopRun:
-            raise
+            return _Trainer(plan, on_tick or (lambda _: None)).run()
         except KeyboardInterrupt as stop:
             code = getattr(stop, "exit_code", 130)
             raise Interrupted(
@@ -137,8 +130,8 @@ def _record_failure(plan: Plan, reason: str, trace: str = "") -> None:
 class _Trainer:
     """One run in progress."""
 
-    def __init__(self, plan: Plan, on_tick: OnTick, on_epoch: OnEpoch) -> None:
-        self.plan, self.recipe, self.on_tick, self.on_epoch = plan, plan.recipe, on_tick, on_epoch
+    def __init__(self, plan: Plan, on_tick: OnTick) -> None:
+        self.plan, self.recipe, self.on_tick = plan, plan.recipe, on_tick
         self.device = choose_device(plan.recipe.device)
         self.threads = set_threads()
         self.precision: PrecisionPlan = choose_plan(plan.recipe.precision, self.device)
@@ -253,7 +246,6 @@ class _Trainer:
                 logits = head(val.values)
             state = {f"{name}.{key}": value for key, value in head.fold().items()}
             self._after_epoch(row, logits, functools.partial(_join, backbone, state))
-            self.on_epoch(row)
             self.on_tick(self._tick("head", 1, 1, row))
             if self._stopped_early:
                 break
@@ -342,7 +334,6 @@ class _Trainer:
             self._after_epoch(row, logits, functools.partial(_copy, scored))
             self.progress.train_s += time.perf_counter() - started
             self._save(model, ema, optimizer)
-            self.on_epoch(row)
             self.on_tick(self._tick("network", len(batches), len(batches), row))
             if self._stopped_early:
                 break

@@ -44,13 +44,10 @@ class Plan:
     bad_images: str | None
     network: str | None = None
     leaks_accepted: bool = False
-    place: Path | None = None
 
     @property
     def run(self) -> Run:
         """Return the run folder, which need not be there yet."""
-        if self.place is not None:
-            return Run(self.place)
         name = run_name(self.dataset.name, self.recipe.name, self.seed, self.digest)
         return Run(self.home.runs / name)
 
