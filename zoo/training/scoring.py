@@ -76,6 +76,11 @@ def score_split(
     """Write the predictions and metrics of a split, and return the metrics."""
     assert record.preprocessing is not None
     _, logits = forward_pixels(model, pixels, record.preprocessing, precision, device)
+    return write_scores(run, record, pixels, split, logits)
+
+
+def write_scores(run: Run, record: RunRecord, pixels: Pixels, split: str, logits: torch.Tensor) -> dict[str, Any]:
+    """Write the predictions and metrics that logits (N, C) of a split give, and return the metrics."""
     predictions = Predictions(pixels.sample_ids, pixels.groups, pixels.y_true, logits.numpy())
     metrics = compute_metrics(predictions, record.classes, record.negative_class)
     metrics["images_skipped"] = pixels.skipped
