@@ -22,6 +22,7 @@ _PLACES = {
     "create_model": "zoo.models.registry",
     "evaluate": "zoo.training.scoring",
     "fold_dataset": "zoo.data.resplit",
+    "find_lr": "zoo.reporting.lr_range",
     "find_model": "zoo.models.registry",
     "find_run": "zoo.runs",
     "home": "zoo.files",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from zoo.recipe import list_recipes as list_recipes
     from zoo.recipe import load_recipe as load_recipe
     from zoo.reporting.audit import audit_dataset as audit_dataset
+    from zoo.reporting.lr_range import find_lr as find_lr
     from zoo.reporting.sheets import show_dataset as show_dataset
     from zoo.runs import Run as Run
     from zoo.runs import find_run as find_run

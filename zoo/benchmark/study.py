@@ -171,9 +171,12 @@ class Study:
         return self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
 
     def trial_folder(self, number: int) -> Path:
-        """Return the folder of a trial's run, whose name no other run or trial has."""
-        dataset, recipe, digest = self.folder.name.split("--")
-        return self.folder / "trials" / f"{dataset}--{recipe}--t{number:04d}--{digest}"
+        """Return the folder that a trial's run lies in."""
+        return self.folder / "trials" / f"t{number:04d}"
+
+    def run(self, number: int) -> Run:
+        """Return the run of a trial that was begun."""
+        return Run(self.trial_folder(number) / self.frozen()[number].user_attrs["run"])
 
     def report(self, number: int, epoch: int, value: float) -> None:
         """Note the val metric of an epoch; an epoch that is noted already stays as it is."""
@@ -237,7 +240,7 @@ class Study:
             kept = {0, best["number"] if best else 0}
             for row in self.rows():
                 if row["state"] == "complete" and row["number"] not in kept:
-                    Run(self.trial_folder(row["number"])).weights_file.unlink(missing_ok=True)
+                    self.run(row["number"]).weights_file.unlink(missing_ok=True)
 
     def facts(self, key: str) -> Any:
         """Return a fact of the study itself, or None."""

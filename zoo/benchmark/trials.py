@@ -16,7 +16,6 @@ from zoo.data.manifest import Dataset
 from zoo.errors import Interrupted, ZooError
 from zoo.files import Home
 from zoo.recipe import Recipe
-from zoo.runs import Run
 from zoo.training.loop import OnTick, StopRun, train_plan
 from zoo.training.plan import Plan, make_plan
 
@@ -61,17 +60,18 @@ class _Trial:
     """One trial in progress, held by this process."""
 
     def __init__(self, job: Job, study: Study, claim: Claim, on_tick: OnTick, tell: OnStep) -> None:
-        self.job, self.study, self.claim = job, study, claim
-        self.on_tick, self.on_step = on_tick, tell
-        self.run_folder = Run(claim.folder)
+        self.job, self.study, self.claim, self.on_step = job, study, claim, tell
+        dataset, recipe, digest = study.folder.name.split("--")
+        self.label = f"{dataset}--{recipe}--t{claim.number}--{digest}"
+        self.on_tick = lambda tick: on_tick(replace(tick, run=self.label))
         self.started = time.monotonic()
-        facts = study.frozen()[claim.number].user_attrs
-        self.seconds_before = float(facts.get("seconds", 0.0))
-        self.seen = set(study.frozen()[claim.number].intermediate_values)
+        begun = study.frozen()[claim.number]
+        self.seconds_before = float(begun.user_attrs.get("seconds", 0.0))
+        self.seen = set(begun.intermediate_values)
 
     def tell(self, state: str, detail: str = "") -> None:
         """Say what became of it."""
-        self.on_step(Step(self.claim.number + 1, self.job.trials, self.run_folder.name, state, detail))
+        self.on_step(Step(self.claim.number + 1, self.job.trials, self.label, state, detail))
 
     def run(self) -> None:
         """Train it, and end it as complete, pruned or failed; an interrupted one stays as it is."""
@@ -87,7 +87,7 @@ class _Trial:
             return
         try:
             plan = self._plan(recipe)
-            study.note(number, digest=plan.digest)
+            study.note(number, digest=plan.digest, run=plan.run.name)
             if not self._twin(plan.digest):
                 self._train(plan)
         except StopRun:
@@ -102,7 +102,7 @@ class _Trial:
             gc.collect()  # of a trial that was out of memory
 
     def _plan(self, recipe: Recipe) -> Plan:
-        """Return the plan of a run that lies in the trial's folder."""
+        """Return the plan of a run that lies, with its lock, in the trial's folder: two trials may be of one recipe."""
         job = self.job
         plan = make_plan(
             recipe,
@@ -113,7 +113,7 @@ class _Trial:
             bad_images=job.bad_images,
             accept_leaks=True,  # the study was refused where that was not wanted
         )
-        return replace(plan, place=self.claim.folder)
+        return replace(plan, place=self.claim.folder, home=Home(self.claim.folder))
 
     def _twin(self, digest: str) -> bool:
         """End the trial as one of the same recipe did, where there is one; the same would come out again."""
@@ -129,10 +129,10 @@ class _Trial:
 
     def _train(self, plan: Plan) -> None:
         # What was killed between an epoch and the look at it is looked at now.
-        self._look(self.run_folder.history())
+        self._look(plan.run.history())
         if self.seen and not self.claim.first and self.study.should_prune(self.claim.number):
             raise StopRun
-        run = train_plan(plan, self.on_tick, lambda row: self._look([*self.run_folder.history(), row]))
+        run = train_plan(plan, self.on_tick, lambda row: self._look([*plan.run.history(), row]))
         self._look(run.history(), prune=False)
         value = run.metrics("val").get(self.study.metric)
         if value is None or not math.isfinite(value):
@@ -160,8 +160,10 @@ class _Trial:
     def _end(self, state: str, value: float | None = None, reason: str | None = None) -> None:
         before = self.study.best()
         self.study.end(self.claim.number, state, value, seconds=self._seconds(), reason=reason)
+        shutil.rmtree(self.claim.folder / "models", ignore_errors=True)  # where the run's lock was
         if state != "complete":
-            shutil.rmtree(self.claim.folder / "checkpoint", ignore_errors=True)
+            for checkpoint in self.claim.folder.glob("*/checkpoint"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
         shown = reason or ""
         if value is not None:
             sign = self.study.sign

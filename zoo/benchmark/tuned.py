@@ -19,7 +19,6 @@ from zoo.evaluation.statistics import metric_intervals, paired_comparisons
 from zoo.files import Home, check_name, sha256_file, to_json, write_json, write_text, write_toml
 from zoo.recipe import list_recipes, load_recipe
 from zoo.reporting import plots, tuning
-from zoo.runs import Run
 from zoo.training.plan import Plan
 
 LEAST_FOR_IMPORTANCE = 6  # complete trials; a forest on fewer says nothing
@@ -30,11 +29,11 @@ _ROUGH = 30  # complete trials below which importances are rough
 class Tuned:
     """What a study found.
 
-    sign: -1 where a lower metric is better. recipe: the name of the recipe that was written, loadable with `load_recipe`; file: where. best, default: rows of
-    trials, as in `trials` (number, state, value, params, epochs, seconds, reason). comparison: tuned minus default on
-    val, with its interval; None where the recipe as it is failed. importance: of each key, adding up to 1 at the
-    most; None where too few trials are complete. folder: of the journal, the trials and the figures. next_command:
-    what compares tuned and default fairly, on test.
+    sign: -1 where a lower metric is better. recipe: the name of the recipe that was written, loadable with
+    `load_recipe`; file: where. best, default: rows of trials, as in `trials` (number, state, value, params, epochs,
+    seconds, reason). comparison: tuned minus default on val, with its interval; None where the recipe as it is failed.
+    importance: of each key, adding up to 1 at the most; None where too few trials are complete. folder: of the
+    journal, the trials and the figures. next_command: what compares tuned and default fairly, on test.
     """
 
     study: str
@@ -184,7 +183,7 @@ def _comparison(study: Study, plan: Plan, best: dict[str, Any], default: dict[st
     if default["state"] != "complete":
         return None
     runs = {
-        each: read_predictions(Run(study.trial_folder(row["number"])).predictions_file("val"))
+        each: read_predictions(study.run(row["number"]).predictions_file("val"))
         for each, row in (("tuned", best), ("default", default))
     }
     negative = plan.dataset.negative_class

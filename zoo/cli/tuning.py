@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from zoo.benchmark.suite import OnStep
     from zoo.benchmark.tuned import Tuned
     from zoo.cli.screen import Bars
+    from zoo.recipe import Recipe
+    from zoo.training.lr_range import LrRange
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -102,3 +104,30 @@ def _print(found: Tuned) -> None:
     out.print(f"recipe: {found.file}", markup=False, soft_wrap=True)
     out.print(f"trials and figures: {found.folder}", markup=False, soft_wrap=True)
     out.print(f"next, tuned against default on test: {found.next_command}", markup=False, soft_wrap=True)
+
+
+def find_lr(
+    recipe: Recipe,
+    data: str,
+    seed: int = 0,
+    *,
+    offline: bool = False,
+    bad_images: str | None = None,
+    accept_leaks: bool = False,
+    json: bool = False,
+) -> LrRange:
+    """Do what `zoo train --lr-find` does: test, print what it suggests and where the figure lies, and return it."""
+    from zoo.cli.screen import bars, console, print_json
+    from zoo.reporting.lr_range import find_lr as search
+    from zoo.reporting.lr_range import lr_range_text
+
+    with bars(quiet=json) as shown:
+        found, file = search(
+            recipe, data, seed, offline=offline, bad_images=bad_images, accept_leaks=accept_leaks, on_tick=shown.tick
+        )
+    if json:
+        print_json({**found.document(), "figure": str(file)})
+        return found
+    console().print(lr_range_text(found), markup=False)
+    console().print(f"figure: {file}", markup=False, soft_wrap=True)
+    return found
