@@ -138,7 +138,7 @@ def split_features(
         facts = compute(caught.append)
         return Features(torch.cat(caught), y_true, facts["seconds"], facts["whole"])
     backbone = backbone_digest(model.state_dict(), name)
-    file = pixels.file.parent / _file_name(split, backbone, pixels, plan, precision, device)
+    file = pixels.file.parent / array_name("features", split, backbone, pixels, plan, precision, device)
     tell = on_batch or (lambda done, total: None)
     return _from(store_once(file, len(pixels), compute, lambda: tell(0, len(pixels))), y_true)
 
@@ -158,7 +158,7 @@ def kept_features(
     """
     if not are_kept(record):
         return None
-    name = _file_name(split, backbone_digest(state, head), pixels, record, precision, device)
+    name = array_name("features", split, backbone_digest(state, head), pixels, record, precision, device)
     stored = read_stored(pixels.file.parent / name, len(pixels))
     return None if stored is None else _from(stored, torch.from_numpy(pixels.y_true.copy()))
 
@@ -188,42 +188,39 @@ def _facts(plan: Plan | RunRecord) -> dict[str, Any]:
     }
 
 
-def _file_name(
+def array_name(
+    kind: str,
     split: str,
-    backbone: str,
+    weights: str,
     pixels: Pixels,
     plan: Plan | RunRecord,
     precision: PrecisionPlan,
     device: torch.device,
 ) -> str:
-    """Return the file's name: all that the values depend on, to the last bit, is in its digest."""
+    """Return the name of a file of what a network makes of a split: its digest holds all that moves the last bit.
+
+    weights: the digest of the tensors that have a part in it.
+    """
     facts = _facts(plan)
     facts["preprocessing"] = facts["preprocessing"].identity
-    made_with = [torch.__version__, version("timm")]
-    key = digest_of(
-        [
-            FEATURES_VERSION,
-            facts,
-            split,
-            pixels.skipped,
-            backbone,
-            precision.facts(),
-            # Other threads, chips and versions of torch round otherwise.
-            [device_name(device), torch.backends.cpu.get_cpu_capability(), *made_with],
-        ]
-    )
-    return f"features-{split}-{key[:16]}.npy"
+    # Other chips, numbers of threads and versions of torch round otherwise.
+    made_with = [device_name(device), torch.backends.cpu.get_cpu_capability(), torch.__version__, version("timm")]
+    key = digest_of([FEATURES_VERSION, facts, split, pixels.skipped, weights, precision.facts(), made_with])
+    return f"{kind}-{split}-{key[:16]}.npy"
 
 
 def backbone_digest(state: dict[str, torch.Tensor], head: str) -> str:
-    """Return the SHA-256 of all tensors of a state dict but the classifier's, by name, type, shape and content."""
+    """Return the digest of all tensors of a state dict but the classifier's."""
+    return digest_tensors({key: value for key, value in state.items() if not key.startswith(f"{head}.")})
+
+
+def digest_tensors(state: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of tensors by name, type, shape and content."""
     digest = hashlib.sha256()
-    for key in sorted(state):
-        if key.startswith(f"{head}."):
-            continue
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()) if value.numel() else b"")
+    for key, value in sorted(state.items()):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{key} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -288,7 +285,7 @@ def head_logits(
         raise ValueError("these features do not give the network's logits; use forward_pixels")
     classifier.eval()
     with torch.inference_mode(), precision.autocast(device):
-        parts = [classifier(part.to(device)).float().cpu() for part in features.values.split(FORWARD_BATCH)]
+        parts = [classifier(part.to(device)).float().cpu() for part in torch.split(features.values, FORWARD_BATCH)]
     return torch.cat(parts)
 
 

@@ -46,7 +46,7 @@ class ArrayWriter:
             self.facts = {"dtype": kind, "channels_last": last}
             self._write(_header(array.dtype, (self._count, *array.shape[1:])))
         self._rows += len(array)
-        self._write(memoryview(np.ascontiguousarray(array)).cast("B"))
+        self._write(np.ascontiguousarray(array).data.cast("B"))
 
     def _write(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
