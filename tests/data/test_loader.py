@@ -1,18 +1,31 @@
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zoo.data.cache import open_pixels
-from zoo.data.loader import TrainBatches, epoch_order, fixed_batches
+from zoo.data.cache import Pixels, open_pixels
+from zoo.data.loader import TrainBatches, epoch_order, fixed_batches, share
 from zoo.data.manifest import load_dataset
 from zoo.data.transforms import center_crop, make_augment
+from zoo.errors import ZooError
 from zoo.runs import Preprocessing
 
 HERE = Preprocessing(image_size=32, crop_pct=1.0, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def as_lists(batches):
+    return [batch.tolist() for batch in batches]
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(0, 2**31 - 1), st.integers(0, 1000))
@@ -22,8 +35,13 @@ def test_an_epoch_has_every_place_once_and_no_batch_of_one(count, batch_size, se
     assert all(len(batch) <= batch_size + 1 for batch in batches)
     if batch_size > 1 and count > 1:
         assert all(len(batch) > 1 for batch in batches)
-    assert batches == epoch_order(count, batch_size, seed, epoch)
+    assert as_lists(batches) == as_lists(epoch_order(count, batch_size, seed, epoch))
     assert len(batches) == len(epoch_order(count, batch_size, seed + 1, epoch + 1))
+    assert all(batch.dtype == np.int64 for batch in batches)
+
+
+def test_the_order_is_that_of_earlier_versions():
+    assert as_lists(epoch_order(9, 4, seed=3, epoch=2)) == [[1, 8, 4, 0], [2, 6, 3, 7, 5]]
 
 
 def test_epochs_and_seeds_differ():
@@ -31,15 +49,85 @@ def test_epochs_and_seeds_differ():
     assert len({tuple(order) for order in orders}) == 9
 
 
+def test_a_million_places_are_not_a_million_objects():
+    import tracemalloc
+
+    tracemalloc.start()
+    batches = epoch_order(1_000_000, 32, 0, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(batches) == 31_250
+    assert peak < 32 * 2**20  # 8 MB of numbers, and the arrays that look into them
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=120), st.integers(1, 40), st.integers(0, 2**31), st.integers(0, 9)
+)
+def test_a_balanced_epoch_draws_every_class_equally_often_up_to_one(labels, batch_size, seed, epoch):
+    y_true = np.array(labels, dtype=np.int64)
+    batches = epoch_order(len(labels), batch_size, seed, epoch, y_true)
+    drawn = np.concatenate(batches)
+    counts = [int((y_true[drawn] == label).sum()) for label in set(labels)]
+    assert sum(counts) == len(labels)
+    assert max(counts) - min(counts) <= 1
+    assert [len(batch) for batch in batches] == [len(batch) for batch in epoch_order(len(labels), batch_size, seed, 0)]
+    assert as_lists(batches) == as_lists(epoch_order(len(labels), batch_size, seed, epoch, y_true))
+
+
+def test_balanced_draws_reach_every_image_alike_and_are_mixed():
+    y_true = np.array([0] * 90 + [1] * 10, dtype=np.int64)
+    epochs = [epoch_order(100, 20, 0, epoch, y_true) for epoch in range(400)]
+    often = np.bincount(np.concatenate([np.concatenate(each) for each in epochs]), minlength=100)
+    # 400 x 50 draws of each class, over 90 and over 10 images, within four standard deviations
+    assert abs(often[:90] - 20000 / 90).max() < 4 * np.sqrt(20000 / 90)
+    assert abs(often[90:] - 2000).max() < 4 * np.sqrt(2000)
+    in_first = np.array([(y_true[each[0]] == 1).sum() for each in epochs])
+    assert 9.5 < in_first.mean() < 10.5 and in_first.std() > 1  # no batch is balanced by rule: places are shuffled
+    assert len({tuple(np.concatenate(each)) for each in epochs}) == 400
+
+
+@given(st.integers(0, 200), st.integers(1, 9))
+def test_shares_are_the_batch_and_keep_mirror_images_together(batch_len, world):
+    shares = [share(batch_len, rank, world) for rank in range(world)]
+    assert sorted(itertools.chain(*shares)) == list(range(batch_len))
+    for each in shares:
+        assert each == sorted(each)
+        assert {batch_len - 1 - place for place in each} == set(each)
+        half = [place for place in each if place < batch_len / 2 - 0.5]
+        assert half == list(range(half[0], half[0] + len(half))) if half else len(each) <= 1
+    sizes = [len(each) for each in shares]
+    assert max(sizes) - min(sizes) <= 2
+
+
 @pytest.fixture
 def pixels(tiny):
     return open_pixels(load_dataset("tiny", tiny), "train", HERE)
 
 
+@pytest.fixture
+def opened():
+    """A maker of batches that are closed after the test."""
+    made: list[TrainBatches] = []
+
+    def open_batches(*args, pin_memory=False, **options) -> TrainBatches:
+        made.append(TrainBatches(*args, pin_memory, **options))
+        return made[-1]
+
+    yield open_batches
+    for each in made:
+        each.close()
+
+
+def same(one, two) -> bool:
+    return len(one) == len(two) and all(
+        torch.equal(a, b) for left, right in zip(one, two, strict=True) for a, b in zip(left, right, strict=True)
+    )
+
+
 @pytest.mark.parametrize("policy", ["none", "light", "strong", "ct"])
-def test_batches_are_the_same_for_any_number_of_workers(pixels, policy):
+def test_batches_are_the_same_for_any_number_of_workers(pixels, opened, policy):
     augment = make_augment(policy, None, 32, 4)
-    alone, helped = (TrainBatches(pixels, augment, 4, 4, workers, pin_memory=False) for workers in (0, 2))
+    alone, helped = (opened(pixels, augment, 4, 4, workers) for workers in (0, 2))
     assert len(alone) == len(helped) == 5
     for epoch in (2, 1):  # in any order of epochs: nothing is carried over
         for (one, labels, places), (two, labels_two, places_two) in zip(
@@ -47,18 +135,182 @@ def test_batches_are_the_same_for_any_number_of_workers(pixels, policy):
         ):
             assert one.dtype == torch.uint8 and one.shape[1:] == (32, 32, 3)
             assert torch.equal(one, two) and torch.equal(labels, labels_two) and torch.equal(places, places_two)
+            assert labels.dtype == places.dtype == torch.int64
             assert labels.tolist() == pixels.y_true[places.numpy()].tolist()
+            expected = [augment(pixels[place], epoch, place) for place in places.tolist()]
+            np.testing.assert_array_equal(one.numpy(), np.stack(expected))
     places = [each for batch in alone.epoch(1) for each in batch[2].tolist()]
     assert places == [each for batch in epoch_order(18, 4, 4, 1) for each in batch]
 
 
-def test_an_augmented_image_differs_by_epoch(pixels):
-    batches = TrainBatches(pixels, make_augment("light", None, 32, 0), 18, 0, 0, pin_memory=False)
+def test_batches_that_were_given_out_stay_as_they_are(pixels, opened):
+    batches = opened(pixels, make_augment("light", None, 32, 4), 4, 4, 0)
+    kept = list(batches.epoch(1))
+    copies = [tuple(each.clone() for each in batch) for batch in kept]
+    list(batches.epoch(2))
+    assert same(kept, copies)
+
+
+def test_an_augmented_image_differs_by_epoch(pixels, opened):
+    batches = opened(pixels, make_augment("light", None, 32, 0), 18, 0, 0)
     by_place = []
     for epoch in (0, 1):
         ((images, _, places),) = batches.epoch(epoch)
         by_place.append(images[places.argsort()])
     assert (by_place[0] != by_place[1]).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_goes_on_in_its_middle(pixels, opened, workers):
+    batches = opened(pixels, make_augment("light", None, 32, 4), 4, 4, workers)
+    whole = list(batches.epoch(3))
+    for start in range(6):
+        assert same(list(batches.epoch(3, start)), whole[start:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_may_be_left_in_its_middle(pixels, opened, workers):
+    batches = opened(pixels, make_augment("light", None, 32, 4), 2, 4, workers)
+    expected = list(batches.epoch(2))
+    left = batches.epoch(1)
+    next(left)
+    left.close()
+    assert same(list(batches.epoch(2)), expected)
+    forgotten = batches.epoch(1)
+    next(forgotten)
+    assert same(list(batches.epoch(2)), expected)
+    assert list(forgotten) == []  # the next epoch has ended it
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_shares_of_all_ranks_are_the_batches(pixels, opened, world, balanced):
+    augment = make_augment("light", None, 32, 4)
+    whole = list(opened(pixels, augment, 5, 4, 0, balanced=balanced).epoch(1))
+    ranks = [opened(pixels, augment, 5, 4, 0, balanced=balanced, rank=rank, world=world) for rank in range(world)]
+    assert {len(each) for each in ranks} == {len(whole)}
+    for number, parts in enumerate(zip(*(each.epoch(1) for each in ranks), strict=True)):
+        positions = [share(len(whole[number][1]), rank, world) for rank in range(world)]
+        for part, own in zip(parts, positions, strict=True):
+            assert [len(each) for each in part] == [len(own)] * 3
+            if own:
+                assert same([part], [tuple(each[own] for each in whole[number])])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_own_transform_that_fails_is_said_in_one_line(pixels, opened, workers):
+    broken = make_augment("own", [{"name": "RandomCrop", "height": 32, "width": 32}], 32, 0)
+    big = dataclass_with(pixels, shapes=np.array([[8, 8]] * len(pixels), np.int32))
+    batches = opened(big, broken, 4, 0, workers)
+    with pytest.raises(ZooError, match=r"^augment.transforms failed on an image of 8 x 8 pixels: [^\n]*$"):
+        list(batches.epoch(0))
+
+
+def dataclass_with(pixels: Pixels, **changes) -> Pixels:
+    import dataclasses
+
+    return dataclasses.replace(pixels, **changes)
+
+
+class _Dies:
+    """An augmentation whose process is killed, as one is that the system has no memory for."""
+
+    def __call__(self, pixels, epoch, place):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_an_error_that_says_what_to_do(pixels, opened):
+    batches = opened(pixels, _Dies(), 4, 0, 1)
+    with pytest.raises(ZooError, match=r"a loading process died .*--set workers=0"):
+        list(batches.epoch(0))
+
+
+def test_closed_batches_have_no_workers_and_no_epochs(pixels, opened):
+    before = set(children(os.getpid()))
+    batches = opened(pixels, make_augment("light", None, 32, 4), 4, 4, 2)
+    epoch = batches.epoch(1)
+    next(epoch)
+    assert len(set(children(os.getpid())) - before) == 2
+    batches.close()
+    assert set(children(os.getpid())) == before
+    with pytest.raises(ValueError, match="closed"):
+        next(batches.epoch(2))
+    batches.close()
+
+
+def children(pid: int) -> list[int]:
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(each) for file in files for each in file.read_text().split()]
+
+
+LOADING = """
+import sys, time
+from pathlib import Path
+from zoo.data.cache import open_pixels
+from zoo.data.loader import TrainBatches
+from zoo.data.manifest import load_dataset
+from zoo.data.transforms import make_augment
+from zoo.files import home
+from zoo.runs import Preprocessing
+
+here = Preprocessing(image_size=32, crop_pct=1.0, interpolation="bilinear", mean=(.5,) * 3, std=(.5,) * 3)
+pixels = open_pixels(load_dataset("tiny", home(Path(sys.argv[1]))), "train", here)
+batches = TrainBatches(pixels, make_augment("strong", None, 32, 0), 4, 0, 2, False)
+try:
+    for epoch in range(10**6):
+        for _ in batches.epoch(epoch):
+            print(epoch, flush=True)
+except KeyboardInterrupt:
+    list(batches.epoch(0, 3))  # the workers are still there
+    batches.close()
+    print("ended", flush=True)
+"""
+
+
+@pytest.fixture
+def loading(tiny):
+    """A process of its own group that loads with two workers, and those workers."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADING, str(tiny.root)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield process, children(process.pid)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_workers_die_with_a_killed_parent(loading):
+    process, workers = loading
+    assert len(workers) == 2
+    process.kill()
+    end = time.monotonic() + 15
+    while time.monotonic() < end and not all(gone(worker) for worker in workers):
+        time.sleep(0.1)
+    assert all(gone(worker) for worker in workers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_ctrl_c_is_the_parents_to_answer(loading):
+    process, workers = loading
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert out.splitlines()[-1] == "ended"
+    assert err == "" and process.returncode == 0
+    assert all(gone(worker) for worker in workers)
 
 
 def test_fixed_batches_are_the_centre_crops_in_order(pixels):

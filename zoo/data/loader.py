@@ -1,7 +1,9 @@
-"""Batches for training: shuffled by seed and epoch alone, the same for any number of workers."""
+"""Batches for training: drawn by seed and epoch alone, the same for any number of workers."""
 
 from __future__ import annotations
 
+import functools
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,93 +12,195 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from zoo.data.cache import Pixels
+from zoo.errors import ZooError, one_line
 
 Augment = Callable[[np.ndarray[Any, Any], int, int], np.ndarray[Any, Any]]
-Item = tuple[np.ndarray[Any, Any], int, int]
+Places = np.ndarray[Any, np.dtype[np.int64]]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return an epoch's batches as lists of places, each place once, shuffled by (seed, epoch).
+def epoch_order(count: int, batch_size: int, seed: int, epoch: int, labels: Places | None = None) -> list[Places]:
+    """Return an epoch's batches as int64 arrays of places, each place once, shuffled by (seed, epoch).
 
-    A last batch of one image joins the batch before it: batch normalisation cannot train on one.
+    A last batch of one image joins the batch before it: batch normalisation cannot train on one. With labels (N,)
+    `count` places are drawn with replacement instead, every class that occurs equally often up to one.
 
     >>> [len(batch) for batch in epoch_order(9, 4, seed=0, epoch=0)]
     [4, 5]
     """
-    order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
-    batches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        last = batches.pop()
-        batches[-1] = batches[-1] + last
-    return batches
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(count) if labels is None else _balanced(labels, count, generator)
+    return [order[start:stop] for start, stop in _bounds(count, batch_size)]
 
 
-class _Augmented(Dataset[Item]):
-    """Augmented images; asked for by (epoch, place), so that a worker needs no state of its own."""
+def _bounds(count: int, batch_size: int) -> list[tuple[int, int]]:
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], count], strict=True))
+
+
+def _balanced(labels: Places, count: int, generator: np.random.Generator) -> Places:
+    """Draw `count` places so that classes are alike; which classes are drawn once more is left to chance too."""
+    by_class = np.argsort(labels, kind="stable")
+    _, firsts, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
+    drawn = np.resize(generator.permutation(len(sizes)), count)
+    places = by_class[firsts[drawn] + generator.integers(0, sizes[drawn])]
+    return generator.permutation(places)
+
+
+def share(batch_len: int, rank: int, world: int) -> list[int]:
+    """Return the positions in a batch that one of `world` processes computes, in the batch's order.
+
+    Position i and its mirror image B - 1 - i go to the same process, so that mixing a batch with its own reverse
+    pairs the same images in any number of processes. Sizes differ by two images at most.
+
+    >>> [share(9, rank, 2) for rank in (0, 1)]
+    [[0, 1, 7, 8], [2, 3, 4, 5, 6]]
+    """
+    pairs = (batch_len + 1) // 2
+    first = range(pairs * rank // world, pairs * (rank + 1) // world)
+    return [*first, *(batch_len - 1 - place for place in reversed(first) if 2 * place != batch_len - 1)]
+
+
+class _Batches(Dataset[Batch | ZooError]):
+    """Augmented batches; asked for by (epoch, places), so that a worker needs no state of its own."""
 
     def __init__(self, pixels: Pixels, augment: Augment) -> None:
         self.pixels, self.augment = pixels, augment
 
+    def __getitem__(self, key: tuple[int, Places]) -> Batch | ZooError:
+        epoch, places = key
+        images = torch.empty(0, dtype=torch.uint8)
+        try:
+            for number, place in enumerate(places.tolist()):
+                image = self.augment(self.pixels[place], epoch, place)
+                if not number:
+                    images = torch.empty((len(places), *image.shape), dtype=torch.uint8)
+                images.numpy()[number] = image
+        except ZooError as error:  # said as it is: raised in a worker it would come with a traceback as its text
+            return error
+        return images, torch.from_numpy(self.pixels.y_true[places]), torch.from_numpy(places.copy())
+
+
+class _Order(Sampler[tuple[int, Places]]):
+    """A process's share of the batches of whichever epoch is set, from `start` on."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, labels: Places | None, rank: int, world: int) -> None:
+        self.count, self.batch_size, self.seed, self.labels = count, batch_size, seed, labels
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 0, 0
+
+    def __iter__(self) -> Iterator[tuple[int, Places]]:
+        for places in epoch_order(self.count, self.batch_size, self.seed, self.epoch, self.labels)[self.start :]:
+            own = places if self.world == 1 else places[share(len(places), self.rank, self.world)]
+            yield self.epoch, own
+
     def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, place = key
-        return self.augment(self.pixels[place], epoch, place), int(self.pixels.y_true[place]), place
+        return len(_bounds(self.count, self.batch_size)) - self.start
 
 
-class _Order(Sampler[list[tuple[int, int]]]):
-    """The batches of whichever epoch is set."""
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in epoch_order(self.count, self.batch_size, self.seed, self.epoch):
-            yield [(self.epoch, place) for place in batch]
-
-    def __len__(self) -> int:
-        return len(epoch_order(self.count, self.batch_size, self.seed, 0))
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
-def _collate(items: list[Item]) -> Batch:
-    images = torch.from_numpy(np.stack([item[0] for item in items]))
-    labels = torch.tensor([item[1] for item in items], dtype=torch.int64)
-    return images, labels, torch.tensor([item[2] for item in items], dtype=torch.int64)
-
-
-def _quiet_worker(_: int) -> None:
+def _start_worker(_: int) -> None:
     import cv2
 
+    # A signal to the whole process group is the parent's to answer: it saves its state, then ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
 
 class TrainBatches:
-    """The training batches of every epoch: uint8 images (B, H, W, 3), labels (B,) and places (B,)."""
+    """The training batches of every epoch: uint8 images (b, H, W, 3), labels (b,) and places (b,), both int64.
+
+    workers: processes that load; with 0 this one does. balanced: draw each class equally often (`epoch_order`).
+    rank, world: which `share` of every batch is wanted; one with no image in a share has (0,) for all shapes.
+    """
 
     def __init__(
-        self, pixels: Pixels, augment: Augment, batch_size: int, seed: int, workers: int, pin_memory: bool
+        self,
+        pixels: Pixels,
+        augment: Augment,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        pin_memory: bool,
+        *,
+        balanced: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self._order = _Order(len(pixels), batch_size, seed)
-        self._loader: DataLoader[Any] = DataLoader(
-            _Augmented(pixels, augment),
-            batch_sampler=self._order,
+        self._count = len(_bounds(len(pixels), batch_size))
+        self._order = _Order(len(pixels), batch_size, seed, pixels.y_true if balanced else None, rank, world)
+        self._running: Iterator[Batch] | None = None
+        self._make = functools.partial(
+            DataLoader[Any],
+            _Batches(pixels, augment),
+            batch_size=None,
+            sampler=self._order,
             num_workers=workers,
-            collate_fn=_collate,
-            worker_init_fn=_quiet_worker,
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # else it draws from the training's own random state
         )
+        self._loader: DataLoader[Any] | None = self._make()
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._count
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of one epoch."""
-        self._order.epoch = epoch
-        yield from self._loader
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch, from batch number `start` on; the epoch before must have ended.
+
+        Raises ZooError where an own transform fails or a loading process dies. Closed in mid-epoch, the workers
+        stop after what they have begun.
+        """
+        self._stop()
+        self._running = self._yield(epoch, start)
+        return self._running
+
+    def _yield(self, epoch: int, start: int) -> Iterator[Batch]:
+        if self._loader is None:
+            raise ValueError("these batches are closed")
+        self._order.epoch, self._order.start = epoch, start
+        source = self._ask(iter, self._loader)
+        while (batch := self._ask(next, source, None)) is not None:
+            if isinstance(batch, ZooError):
+                raise batch
+            yield batch
+
+    def _ask(self, question: Callable[..., Any], *about: Any) -> Any:
+        try:
+            return question(*about)
+        except BaseException as error:
+            # Ctrl-C may come between any two lines of torch's loader, which then waits for ever for what it lost.
+            self._end_workers()
+            self._loader = self._make()
+            if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+                said = one_line(error, 160)
+                raise ZooError(f"a loading process died ({said}); load with fewer: --set workers=0") from error
+            raise
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.close()  # type: ignore[attr-defined]
+        self._running = None
+
+    def _end_workers(self) -> None:
+        # Not left to the collector: the traceback of an error may hold the loader for long.
+        source = getattr(self._loader, "_iterator", None)
+        self._loader = None
+        if source is not None:
+            source._shutdown_workers()
+
+    def close(self) -> None:
+        """End the workers; no epoch can be had afterwards."""
+        self._stop()
+        self._end_workers()
 
 
 def fixed_batches(pixels: Pixels, image_size: int, batch_size: int) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:

@@ -22,7 +22,7 @@ from zoo.models.registry import classifier_of
 from zoo.runs import Preprocessing, RunRecord
 from zoo.training.environment import device_name
 from zoo.training.plan import Plan
-from zoo.training.precision import PrecisionPlan
+from zoo.training.precision import PrecisionPlan, recorded_plan
 from zoo.training.stored import Stored, read_stored, store_once
 
 FORWARD_BATCH = 64
@@ -205,7 +205,9 @@ def array_name(
     facts["preprocessing"] = facts["preprocessing"].identity
     # Other chips, numbers of threads and versions of torch round otherwise.
     made_with = [device_name(device), torch.backends.cpu.get_cpu_capability(), torch.__version__, version("timm")]
-    key = digest_of([FEATURES_VERSION, facts, split, pixels.skipped, weights, precision.facts(), made_with])
+    key = digest_of(
+        [FEATURES_VERSION, facts, split, pixels.skipped, weights, recorded_plan(precision.facts()).facts(), made_with]
+    )
     return f"{kind}-{split}-{key[:16]}.npy"
 
 

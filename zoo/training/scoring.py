@@ -19,7 +19,7 @@ from zoo.files import Home, home, write_json
 from zoo.models.registry import classifier_of, create_model, find_model, own_network_digest
 from zoo.runs import SPLITS, Run, RunRecord, find_run
 from zoo.training.features import are_kept, forward_pixels, head_logits, kept_features, load_grown, split_features
-from zoo.training.precision import PrecisionPlan, choose_device, set_threads
+from zoo.training.precision import PrecisionPlan, choose_device, recorded_plan, set_threads
 
 
 def load_model(run: Run | str, root: Home | None = None, device: str = "cpu") -> nn.Module:
@@ -169,13 +169,14 @@ def evaluate(
     set_threads()
     device = _device_of(record)
     # The number format is the run's own, so that what is scored is what was selected.
-    plan = PrecisionPlan(record.precision.get("dtype", "float32"), channels_last=True)
+    plan = recorded_plan(record.precision)
     pixels = open_pixels(dataset, split, record.preprocessing, bad_images or record.bad_images, progress)
     logits = _kept_logits(run, record, pixels, split, plan, device)
     model = load_model(run, root, device.type) if logits is None else None
     if split == "test":
         record_look(root or home(), record)
     if model is not None:
+        model = model.to(memory_format=plan.memory_format)
         logits = _split_logits(record, model, pixels, split, plan, device)
     assert logits is not None
     write_scores(run, record, pixels, split, logits)
