@@ -40,11 +40,11 @@ def test_features_of_pretrained_weights_are_kept_those_of_random_ones_are_not(tr
     probe = {"strategy": "linear-probe", "policy": "none"}
     first = train(make_recipe("one", weights=source.name, **probe), "tiny", 0, trained)
     made = {file: file.stat().st_mtime_ns for file in cache.glob("features-*")}
-    assert len(made) == 2
+    assert len(made) == 4  # train and val, each an array and its record
     second = train(make_recipe("two", weights=source.name, **probe), "tiny", 0, trained)
     assert {file: file.stat().st_mtime_ns for file in cache.glob("features-*")} == made
     assert first.weights_file.read_bytes() == second.weights_file.read_bytes()
-    for file in made:  # a damaged one is made again
+    for file in made:  # a cut-off one is made again
         file.write_bytes(file.read_bytes()[:100])
     third = train(make_recipe("three", weights=source.name, **probe), "tiny", 0, trained)
     assert first.weights_file.read_bytes() == third.weights_file.read_bytes()
