@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.benchmark.study import Claim, Study
-from zoo.benchmark.suite import OnStep, Step
+from zoo.benchmark.executors import OnStep, Step
 from zoo.data.manifest import Dataset
 from zoo.errors import Interrupted, ZooError
 from zoo.files import Home
