@@ -193,7 +193,7 @@ def test_a_network_that_changes_its_classifiers_output_is_scored_whole(odd, trai
 
 def test_a_classifier_that_is_used_twice_is_refused(odd, trained, make_recipe):
     recipe = make_recipe("odd", model__name="odd_twice", finetune__strategy="linear-probe", augment__policy="none")
-    with pytest.raises(ZooError, match="Odd uses its classifier more than once .*finetune.strategy = 'full'"):
+    with pytest.raises(ZooError, match=r"Odd uses its classifier more than once .*strategy = 'full'"):
         train(recipe, "tiny", 0, trained)
 
 
