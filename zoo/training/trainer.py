@@ -15,8 +15,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from zoo.data.cache import Pixels, open_pixels
-from zoo.data.loader import TrainBatches
-from zoo.data.transforms import make_augment
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.metrics import METRIC_SIGN, selection_score
 from zoo.files import to_json, write_error, write_text
@@ -36,11 +34,12 @@ from zoo.training.checkpoint import (
 from zoo.training.derived import StateScorer, average_epochs
 from zoo.training.environment import device_name, versions
 from zoo.training.head import HeadTrainer
+from zoo.training.inputs import Inputs, make_inputs
 from zoo.training.interruption import Interruption
 from zoo.training.loss import make_criterion
 from zoo.training.parallel import Group, across, share_batch_norm
 from zoo.training.plan import Plan
-from zoo.training.precision import PrecisionPlan, begun_plan, choose_device, choose_workers, set_threads
+from zoo.training.precision import PrecisionPlan, begun_plan, choose_device, set_threads
 from zoo.training.scoring import write_scores
 from zoo.training.speed import FORWARD_BATCH, compiled, plan_precision
 from zoo.training.step import FINITE_FIX, EpochTrainer, NonFiniteLossError, Updater, make_ema
@@ -217,10 +216,11 @@ class Trainer:
     # The whole network on augmented images ----------------------------------------------------------------------
 
     def _train_network(self, model: nn.Module, phase: Phase) -> None:
-        batches = self._batches()
+        set_trained(model, trained_names(model, self.recipe, phase, phase.first_epoch))
+        inputs = self._inputs(model, phase)
         set_trained(model, None)
         share_batch_norm(model, self.group)
-        trainer = self._epoch_trainer(model, phase, len(batches))
+        trainer = self._epoch_trainer(model, phase, inputs)
         before: object = self
         try:
             for epoch in range(max(phase.first_epoch, self.progress.epoch + 1), phase.first_epoch + phase.epochs):
@@ -229,7 +229,7 @@ class Trainer:
                 if names != before:
                     trainer.updater.network = across(compiled(model, self.precision), self.group, self.device)
                     before = names
-                self._epoch(model, trainer, batches, phase, epoch)
+                self._epoch(model, trainer, inputs, phase, epoch)
                 if self._stopped_early:
                     break
         except KeyboardInterrupt:
@@ -237,13 +237,30 @@ class Trainer:
                 trainer.save()
             raise
         finally:
-            batches.close()
+            inputs.batches.close()
 
-    def _epoch(self, model: nn.Module, trainer: EpochTrainer, batches: TrainBatches, phase: Phase, epoch: int) -> None:
+    def _inputs(self, model: nn.Module, phase: Phase) -> Inputs:
+        def on_batch(done: int, total: int) -> None:
+            self.on_tick(Tick(self.plan.run.name, "frozen stages", done, total))
+
+        return make_inputs(
+            self.plan,
+            model,
+            self.train_pixels,
+            self.val_pixels,
+            self.precision,
+            self.device,
+            self.group,
+            self.folder,
+            phase.epochs,
+            on_batch,
+        )
+
+    def _epoch(self, model: nn.Module, trainer: EpochTrainer, inputs: Inputs, phase: Phase, epoch: int) -> None:
         size = image_size_of(self.recipe, phase, epoch, self.plan.preprocessing.image_size)
-        row = trainer.epoch(batches, epoch, size)
+        row = trainer.epoch(inputs.batches, epoch, size)
         scored = trainer.ema.module if trainer.ema is not None else model
-        logits = self._val_logits(scored)
+        logits = self._val_logits(scored, inputs)
         with self.interruption.step():
             trainer.whole = False
             self._after_epoch(row, logits, functools.partial(_copy, scored))
@@ -251,28 +268,13 @@ class Trainer:
             trainer.whole = True
             trainer.save()
             trainer.saved_at = time.perf_counter()
-        self._told("network", len(batches), row)
+        self._told("network", len(inputs.batches), row)
         self.interruption.check()
 
-    def _batches(self) -> TrainBatches:
-        recipe, plan = self.recipe, self.plan
-        augment = make_augment(recipe.policy, recipe.augment.transforms, plan.preprocessing.image_size, plan.seed)
-        return TrainBatches(
-            self.train_pixels,
-            augment,
-            min(recipe.finetune.batch_size, len(self.train_pixels)),
-            plan.seed,
-            choose_workers(recipe.workers, self.device),
-            pin_memory=self.device.type == "cuda",
-            balanced=recipe.finetune.sampler == "balanced",
-            rank=self.group.rank,
-            world=self.group.world,
-        )
-
-    def _epoch_trainer(self, model: nn.Module, phase: Phase, batches: int) -> EpochTrainer:
+    def _epoch_trainer(self, model: nn.Module, phase: Phase, inputs: Inputs) -> EpochTrainer:
         recipe, progress = self.recipe, self.progress
         optimizer = make_optimizer(model, recipe)
-        updates = -(-batches // recipe.finetune.accumulate)
+        updates = -(-len(inputs.batches) // recipe.finetune.accumulate)
         scheduler = make_scheduler(optimizer, recipe, phase.epochs, updates)
         ema = make_ema(model, recipe.finetune.ema_decay)
         scaler = self.precision.scaler(self.device)
@@ -298,6 +300,7 @@ class Trainer:
             self.group,
             progress.parts,
             scaler,
+            boundary=inputs.train_boundary,
         )
         return EpochTrainer(
             updater,
@@ -310,14 +313,9 @@ class Trainer:
             60 * recipe.checkpoint_minutes,
         )
 
-    def _val_logits(self, model: nn.Module) -> torch.Tensor:
+    def _val_logits(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Return the logits of val, which the first process computes for all."""
-        logits = None
-        if self.group.leads:
-            _, logits = feature_cache.forward_pixels(
-                model, self.val_pixels, self.plan.preprocessing, self.precision, self.device
-            )
-        found: torch.Tensor = self.group.shared(logits)
+        found: torch.Tensor = self.group.shared(inputs.val_logits(model) if self.group.leads else None)
         return found
 
     def _keep_epoch(self, epoch: int, model: nn.Module) -> None:
