@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.pictures import BLOCK, Small, blocks
+from zoo.data.pictures import BLOCK, SMALL_SIDE, Small, blocks
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -16,7 +16,7 @@ MIN_CORRELATION = 0.99
 _NEARER_THAN_USUAL = 0.1  # of the distance that two pictures of a class usually have
 _FLAT = 2.0  # grey levels of standard deviation, below which a hash says nothing
 _CHUNKS, _CHUNK_BITS = 4, 16
-_BLOCK = 1 << 19  # candidate pairs at once: 40 MB
+_BLOCK = 1 << 18  # candidate pairs at once: 20 MB
 _CONFIRM_BLOCK = 1 << 13
 _CROWD = 1000  # different pictures of one hash that are compared each with each
 
@@ -95,13 +95,17 @@ def candidate_pairs(hashes: np.ndarray[Any, Any], small: Small | None = None) ->
 
 def _candidates(hashes: np.ndarray[Any, Any], small: Small | None, chosen: Ints) -> Iterator[Ints]:
     """Yield the candidate pairs in blocks, each pair once with its smaller place first; chosen: places in `small`."""
-    values, place_of = np.unique(hashes.astype(np.uint64), return_inverse=True)
-    near = _near_values(values)
-    members = np.argsort(place_of, kind="stable")
-    start = np.searchsorted(place_of[members], np.arange(len(values) + 1))
-    for value in np.flatnonzero(np.diff(start) > 1).tolist():
+    if len(hashes) == 0:
+        return
+    members = np.argsort(hashes, kind="stable")
+    in_order = hashes[members]
+    start = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1], [True]]))
+    near = _near_values(in_order[start[:-1]])
+    del in_order
+    start, sizes = start.astype(np.int32), np.diff(start).astype(np.int32)
+    for value in np.flatnonzero(sizes > 1).tolist():
         yield np.sort(_within(members[start[value] : start[value + 1]], small, chosen), axis=1)
-    single = np.diff(start)[near].max(axis=1, initial=0) == 1
+    single = sizes[near].max(axis=1, initial=0) == 1
     yield np.sort(members[start[near[single]]], axis=1)
     for one, other in near[~single].tolist():
         left, right = (members[start[each] : start[each + 1]][:_CROWD] for each in (one, other))
@@ -177,9 +181,12 @@ def _blocks(pairs: Ints, size: int) -> Iterator[Ints]:
 
 def standardised(small: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Return pictures as rows of mean 0 and length 1, whose products are correlations."""
-    values = small.reshape(len(small), -1).astype(np.float32)
-    values -= values.mean(axis=1, keepdims=True)
-    values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-6)
+    values = np.empty((len(small), SMALL_SIDE * SMALL_SIDE), np.float32)
+    for start, block in enumerate(blocks(small)):
+        rows = values[start * BLOCK : start * BLOCK + len(block)]
+        rows[:] = block
+        rows -= rows.mean(axis=1, keepdims=True)
+        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
     return values
 
 

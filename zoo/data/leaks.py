@@ -227,11 +227,8 @@ def scan_order(dataset: Dataset, facts: Facts) -> ScanOrder | None:
         return None
     folders, numbers = key_codes([name for name, _, _ in order]), np.array([number for _, number, _ in order])
     good = np.array([place for _, _, place in order])
-    values = standardised(facts.small[good])
     asked = np.unique(np.linspace(0, len(good) - 1, min(_QUERIES, len(good))).astype(int))
-    likeness = values[asked] @ values.T
-    likeness[np.arange(len(asked)), asked] = -2
-    nearest = likeness.argmax(axis=1)
+    nearest = _nearest(standardised(facts.small[good]), asked)
     near = (folders[asked] == folders[nearest]) & (np.abs(numbers[asked] - numbers[nearest]) <= _NEIGHBOURS)
     splits = dataset.frame["split"].to_numpy(dtype=object)[good]
     sizes = {name: int(count) for name, count in zip(*np.unique(folders, return_counts=True), strict=True)}
@@ -239,6 +236,16 @@ def scan_order(dataset: Dataset, facts: Facts) -> ScanOrder | None:
     other = near & (splits[asked] != splits[nearest])
     across = np.stack([good[asked[other]], good[nearest[other]]], axis=1)
     return ScanOrder(float(near.mean()), chance, len(asked), across)
+
+
+def _nearest(values: np.ndarray[Any, np.dtype[np.float32]], asked: Ints) -> Ints:
+    """Return which other row is most like each of those asked for."""
+    found = []
+    for part in np.array_split(asked, max(1, len(asked) // 100)):
+        likeness = values[part] @ values.T
+        likeness[np.arange(len(part)), part] = -2
+        found.append(likeness.argmax(axis=1))
+    return np.concatenate(found)
 
 
 def describe_leaks(leaks: Leaks) -> list[str]:

@@ -12,7 +12,7 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 
 SMALL_SIDE = 32  # pixels
-BLOCK = 4096  # pictures that are in memory at once: 4 MiB
+BLOCK = 1024  # pictures that are in memory at once: 1 MiB, and 8 as 64-bit numbers
 _TOUCHED = 256  # scattered pictures that are read at once: around each the system maps 64 KiB
 
 
@@ -60,7 +60,7 @@ class Chosen:
 
 
 def blocks(small: Small) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """Yield pictures as rows of 1024 grey levels, 4096 at once."""
+    """Yield pictures as rows of 1024 grey levels, 1024 at once."""
     for start in range(0, len(small), BLOCK):
         block = small[start : start + BLOCK]
         yield block.reshape(len(block), -1)
