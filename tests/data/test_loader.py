@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+import gc
 import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zoo.data.cache import Pixels, open_pixels
+from zoo.data.cache import open_pixels
 from zoo.data.loader import TrainBatches, epoch_order, fixed_batches, share
 from zoo.data.manifest import load_dataset
 from zoo.data.transforms import center_crop, make_augment
@@ -124,6 +127,40 @@ def same(one, two) -> bool:
     )
 
 
+@pytest.fixture
+def threads():
+    """A setter of torch's threads, which are the loader's too; afterwards they are as many as before."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("policy", ["none", "light", "strong", "ct"])
+def test_batches_are_the_same_for_any_number_of_threads(pixels, opened, threads, policy):
+    augment = make_augment(policy, None, 32, 4)
+    threads(1)
+    expected = list(opened(pixels, augment, 7, 4, 0).epoch(1))
+    for count in (2, 3, 16):
+        threads(count)
+        assert same(list(opened(pixels, augment, 7, 4, 0).epoch(1)), expected)
+
+
+def test_threads_end_with_their_batches(pixels, opened, threads):
+    threads(4)
+    before = set(threading.enumerate())
+    for leave in (TrainBatches.close, lambda _: None):
+        batches = TrainBatches(pixels, make_augment("light", None, 32, 4), 7, 4, 0, pin_memory=False)
+        next(batches.epoch(1))
+        assert 1 <= len(set(threading.enumerate()) - before) <= 3  # one that is idle again is used again
+        leave(batches)
+        del batches
+        gc.collect()
+        end = time.monotonic() + 5
+        while set(threading.enumerate()) - before and time.monotonic() < end:
+            time.sleep(0.01)
+        assert set(threading.enumerate()) <= before
+
+
 @pytest.mark.parametrize("policy", ["none", "light", "strong", "ct"])
 def test_batches_are_the_same_for_any_number_of_workers(pixels, opened, policy):
     augment = make_augment(policy, None, 32, 4)
@@ -197,19 +234,17 @@ def test_the_shares_of_all_ranks_are_the_batches(pixels, opened, world, balanced
                 assert same([part], [tuple(each[own] for each in whole[number])])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_own_transform_that_fails_is_said_in_one_line(pixels, opened, workers):
+@pytest.mark.parametrize(("workers", "count"), [(0, 1), (0, 3), (2, 1)])
+def test_an_own_transform_that_fails_is_said_in_one_line(pixels, opened, threads, workers, count):
+    threads(count)
     broken = make_augment("own", [{"name": "RandomCrop", "height": 32, "width": 32}], 32, 0)
-    big = dataclass_with(pixels, shapes=np.array([[8, 8]] * len(pixels), np.int32))
-    batches = opened(big, broken, 4, 0, workers)
-    with pytest.raises(ZooError, match=r"^augment.transforms failed on an image of 8 x 8 pixels: [^\n]*$"):
-        list(batches.epoch(0))
-
-
-def dataclass_with(pixels: Pixels, **changes) -> Pixels:
-    import dataclasses
-
-    return dataclasses.replace(pixels, **changes)
+    small = int(epoch_order(18, 9, 0, 0)[0][4])  # in the middle of a batch: the second thread's
+    shapes = pixels.shapes.copy()
+    shapes[small] = 8
+    batches = opened(dataclasses.replace(pixels, shapes=shapes), broken, 9, 0, workers)
+    for _ in range(2):  # and again: the error has broken nothing
+        with pytest.raises(ZooError, match=r"^augment.transforms failed on an image of 8 x 8 pixels: [^\n]*$"):
+            list(batches.epoch(0))
 
 
 class _Dies:
