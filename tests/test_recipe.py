@@ -81,7 +81,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     (table(workers=True), "1 fault: workers must be 'auto' or a whole number"),
     (table(device="cuba"), "'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'. Got 'cuba'; did you mean 'cuda'?"),
     (table(device=3), "1 fault: device must be 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'. Got 3"),
-    (table(precision="fp64"), "1 fault: precision must be 'auto', 'float32', 'bf16' or 'fp16'. Got 'fp64'"),
+    (table(precision="fp64"), "1 fault: precision must be 'auto', 'float32', 'bf16' or 'fp16', with '-nchw'"),
     (table(optimizer={"lr": "1e-3"}), "lr must be a number. Got '1e-3'; write a number without quotes"),
     (table(finetune={"epochs": "12"}), "epochs must be a whole number. Got '12'; write a number without"),
     (table(finetune={"epochs": 12.0}), "1 fault: finetune.epochs must be a whole number. Got 12.0"),
@@ -107,7 +107,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     (table(lr=0.1), "1 fault: unknown key 'lr'; did you mean 'optimizer.lr'?"),
     (table(optimizer={"momentun": 0.9}), "unknown key 'optimizer.momentun'; did you mean 'optimizer.momentum'?"),
     (table(optimizer={"epochs": 9}), "unknown key 'optimizer.epochs'; did you mean 'finetune.epochs'?"),
-    (table(loss={"zzz": 9}), "unknown key 'loss.zzz'; [loss] knows class_weights, label_smoothing"),
+    (table(loss={"zzz": 9}), "unknown key 'loss.zzz'; [loss] knows class_weights, gamma, label_smoothing, name"),
     (table(name="other"), "unknown key 'name'; a recipe has the name of its file"),
     (table(schedule={"warmup_epochs": 12}), "warmup_epochs must be below finetune.epochs (12). Got 12"),
     (table(schedule={"warmup_epochs": 12.5}), "warmup_epochs must be below finetune.epochs (12). Got 12.5"),
@@ -260,7 +260,7 @@ def test_every_value_can_be_set_by_its_whole_key() -> None:
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("name", "'name' may mean any of model.name, optimizer.name, schedule.name; write one of these"),
+        ("name", "'name' may mean any of model.name, optimizer.name, schedule.name, loss.name; write one of these"),
         ("lrr", "unknown key 'lrr'; did you mean 'optimizer.lr'?"),
         ("optimiser.lr", "unknown key 'optimiser.lr'; did you mean 'optimizer.lr'?"),
         ("finetune.epoch", "unknown key 'finetune.epoch'; did you mean 'finetune.epochs'?"),

@@ -2,12 +2,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from zoo.errors import ZooError
+from zoo.files import Home
 from zoo.runs import Preprocessing, Run, RunRecord, find_run, list_runs, run_lock, run_name
 
 RECORD = RunRecord(
@@ -86,23 +93,139 @@ def test_a_history_leaves_out_a_line_that_was_cut_off(root):
     assert run.history() == [{"epoch": 1}, {"epoch": 2}]
 
 
-def test_a_lock_is_held_by_one_and_freed_by_death(root):
-    hold = (
-        "import os, sys, time\nfrom zoo.files import home\nfrom zoo.runs import run_lock\n"
-        "with run_lock(home(sys.argv[1]), 'r'):\n    print('held', flush=True)\n    time.sleep(60)\n"
-    )
-    held = subprocess.Popen([sys.executable, "-c", hold, str(root.root)], stdout=subprocess.PIPE, text=True)
+HOLD = """
+import os, sys, time
+from zoo.files import home
+from zoo.runs import run_lock
+with run_lock(home(sys.argv[1]), "r"):
+    child = os.fork() if "fork" in sys.argv else 0
+    if "fork" not in sys.argv or child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def holder(root, *more):
+    """A process that holds the lock of run `r`; the second value is its forked child, or 0."""
+    command = [sys.executable, "-c", HOLD, str(root.root), *more]
+    held = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child = 0
     try:
-        assert held.stdout.readline() == "held\n"
-        refused = pytest.raises(ZooError, match=f"being trained by process {held.pid} on .*; wait for it, or stop it")
-        with refused, run_lock(root, "r"):
-            pass
-        with run_lock(root, "other"):
-            pass
+        child = int(held.stdout.readline())
+        yield held, child
     finally:
         held.kill()
         held.wait()
         held.stdout.close()
+        if child:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_is_held_by_one_and_freed_by_death(root):
+    with holder(root) as (held, _):
+        who = f"being trained by process {held.pid} on {re.escape(socket.gethostname())}; wait for it, or stop it"
+        with pytest.raises(ZooError, match=who), run_lock(root, "r"):
+            pass
+        with run_lock(root, "other"):
+            pass
+    assert json.loads((root.locks / "r.json").read_text())["pid"] == held.pid  # killed: its card is left over
     with run_lock(root, "r"):
         assert json.loads((root.locks / "r.json").read_text())["pid"] == os.getpid()
     assert not (root.locks / "r.json").exists()
+
+
+def test_a_loading_process_that_outlives_its_parent_does_not_hold_the_lock(root):
+    with holder(root, "fork") as (held, child):
+        held.kill()
+        held.wait()
+        assert child and psutil.pid_exists(child)
+        with run_lock(root, "r"):
+            pass
+
+
+@pytest.mark.parametrize("card", ["", '{"pid"', "[]", "[1e99]", "[-1]", '{"host": "x"}', "gone", "dead"])
+def test_a_holder_that_cannot_be_told_is_another_process(root, card):
+    with holder(root):
+        file = root.locks / "r.json"
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        file.unlink() if card == "gone" else file.write_text(card)
+        pids = {"dead": gone.pid, "[1e99]": 1e99, "[-1]": -1}
+        if card in pids:
+            file.write_text(json.dumps({"pid": pids[card], "host": socket.gethostname()}))
+        refused = pytest.raises(ZooError, match="run 'r' is being trained by another process; wait for it, or stop it")
+        with refused, run_lock(root, "r"):
+            pass
+
+
+def test_a_lock_that_is_about_to_be_free_is_waited_for(root):
+    with holder(root) as (held, _):
+        (root.locks / "r.json").unlink()  # as a holder does just before it leaves
+        threading.Timer(0.5, held.kill).start()
+        with run_lock(root, "r"):
+            assert held.wait() == -signal.SIGKILL
+
+
+def test_one_process_holds_a_lock_once(root):
+    said = []
+
+    def other_thread():
+        try:
+            with run_lock(root, "r"):
+                said.append("held twice")
+        except ZooError as error:
+            said.append(str(error))
+
+    with run_lock(root, "r"):
+        for _ in range(2):
+            thread = threading.Thread(target=other_thread)
+            thread.start()
+            thread.join()
+        with pytest.raises(ZooError, match=f"by process {os.getpid()} on"), run_lock(root, "r"):
+            pass
+    assert len(said) == 2 and all(f"by process {os.getpid()} on" in each for each in said)
+    with run_lock(root, "r"):
+        pass
+
+
+def test_what_a_killed_process_left_half_written_is_removed(root):
+    run = make_run(root, "r")
+    (run.path / "checkpoint").mkdir()
+    left = [run.path / ".weights.safetensors.ab_12345", run.path / "checkpoint" / ".epoch-00001.json.abcdefgh"]
+    kept = [run.path / ".keep", run.path / ".hidden.json", run.path / "weights.safetensors.abcdefgh"]
+    other = root.runs / "other" / ".weights.safetensors.abcdefgh"
+    other.parent.mkdir()
+    for file in (*left, *kept, other):
+        file.write_text("x")
+    with run_lock(root, "r"):
+        assert not any(file.exists() for file in left)
+    assert all(file.exists() for file in (*kept, other))
+
+
+def test_a_lock_in_a_folder_that_cannot_be_written_says_so(root, full_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(full_disk)], check=True)
+    with pytest.raises(ZooError, match=r"cannot write .*Read-only file system; choose"), run_lock(Home(full_disk), "r"):
+        pass
+    subprocess.run(["mount", "-o", "remount,rw", str(full_disk)], check=True)
+    with run_lock(Home(full_disk), "r"):
+        pass
+    subprocess.run(["mount", "-o", "remount,ro", str(full_disk)], check=True)
+    with pytest.raises(ZooError, match=r"cannot write .*Read-only file system"), run_lock(Home(full_disk), "r"):
+        pass
+
+
+@pytest.mark.slow
+def test_of_two_processes_with_one_command_exactly_one_trains(tiny):
+    command = [sys.executable, "-m", "zoo", "train", "tiny", "--data", "tiny", "--json", "--set", "epochs=60"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = {process: process.communicate(timeout=120) for process in both}
+    done, refused = sorted(both, key=lambda each: each.returncode)
+    assert (done.returncode, refused.returncode) == (0, 1), said
+    run = find_run(json.loads(said[done][0])["run"], tiny)
+    assert run.finished and len(run.history()) == 60
+    assert said[refused] == (
+        "",
+        f"error: run {run.name!r} is being trained by process {done.pid} on {socket.gethostname()}; wait for it, or "
+        "stop it\n",
+    )

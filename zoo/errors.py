@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_FROM_WORKER = re.compile(r"Caught \w+ in .*\.\nOriginal Traceback ")
 
 EXIT_MISTAKE = 1
 EXIT_SOME_RUNS_FAILED = 3
@@ -13,6 +16,12 @@ EXIT_SIGTERM = 143
 
 class ZooError(Exception):
     """A mistake that the user can mend: one line that says what, got, allowed and fix."""
+
+    def __init__(self, message: str = "") -> None:
+        # A data loader raises a worker's error anew, by its class, with the traceback as its message.
+        if _FROM_WORKER.match(message):
+            message = message.rstrip().rsplit("\n", 1)[-1].partition(": ")[2]
+        super().__init__(message)
 
 
 class Interrupted(ZooError):

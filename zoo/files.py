@@ -11,7 +11,7 @@ import re
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -164,6 +164,17 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
         raise write_error(path, error) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def remove_half_written(folder: Path, name: str = "*") -> None:
+    """Remove below folder what `atomic_writer` had begun, of files called so, when its process was killed.
+
+    Only for files that no living process writes: whoever calls it holds the lock on them.
+    """
+    for path in folder.rglob(f".{name[:40]}.????????"):
+        if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_error(path: Path, error: OSError) -> ZooError:

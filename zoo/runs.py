@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from zoo.errors import ZooError, nearest, one_line
-from zoo.files import Home, home, read_json, user_path, write_json
+from zoo.files import Home, home, read_json, remove_half_written, user_path, write_error, write_json
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 SPLITS = ("train", "val", "test")
 
@@ -84,6 +89,9 @@ class RunRecord(BaseModel):
     device: str = ""
     precision: dict[str, Any] = {}
     threads: int | None = None
+    processes: int = 1
+    tta: str = "none"
+    made_of: list[str] = []
     versions: dict[str, str] = {}
     notes: list[str] = []
     leaks_accepted: bool = False
@@ -219,33 +227,59 @@ def on_split(run: Run, split_digest: str) -> bool:
 def run_lock(root: Home, name: str) -> Iterator[None]:
     """Hold the run for this process; raises ZooError that says who holds it.
 
-    The operating system frees the lock when its holder dies, so no lock is ever stale.
+    The operating system frees the lock when its holder dies, so no lock is ever stale. What a process that was
+    killed left half written in the run's folder is removed.
     """
-    import json
-    import os
     import socket
 
-    from filelock import FileLock, Timeout
-
-    from zoo.files import write_error
-
-    path = root.locks / f"{name}.lock"
+    path, holder = root.locks / f"{name}.lock", root.locks / f"{name}.json"
+    lock = _acquired(path, holder, name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0)
-        lock.acquire()
-    except Timeout:
-        holder = root.locks / f"{name}.json"
-        who = json.loads(holder.read_text()) if holder.is_file() else {}
-        raise ZooError(
-            f"run {name!r} is being trained by process {who.get('pid', '?')} on {who.get('host', '?')}; "
-            "wait for it, or stop it"
-        ) from None
-    except OSError as error:
-        raise write_error(path, error) from error
-    try:
-        write_json(root.locks / f"{name}.json", {"pid": os.getpid(), "host": socket.gethostname()})
+        remove_half_written(root.runs / name)
+        remove_half_written(root.locks, holder.name)
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
-        (root.locks / f"{name}.json").unlink(missing_ok=True)
+        with suppress(OSError):
+            holder.unlink(missing_ok=True)
         lock.release()
+
+
+def _acquired(path: Path, holder: Path, name: str) -> BaseFileLock:
+    """Return the lock, held; a holder that has only just come or gone cannot be told yet and is asked again."""
+    from filelock import FileLock, Timeout
+
+    who = None
+    for _ in range(20):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path, timeout=0)
+            lock.acquire()
+        except Timeout:
+            who = _living_holder(holder)
+            if who is not None:
+                break
+            time.sleep(0.1)
+        except OSError as error:
+            raise write_error(path, error) from error
+        else:
+            return lock
+    raise ZooError(f"run {name!r} is being trained by {who or 'another process'}; wait for it, or stop it")
+
+
+def _living_holder(file: Path) -> str | None:
+    """Return who holds a lock, or None where the file is not there yet, or of a process that is gone."""
+    import socket
+
+    try:
+        facts = read_json(file)
+        pid, host = int(facts["pid"]), str(facts["host"])
+        if pid <= 0:
+            return None
+        if host == socket.gethostname():
+            os.kill(pid, 0)
+    except PermissionError:
+        pass  # it lives, and is another user's
+    except (ZooError, KeyError, TypeError, ValueError, OSError, OverflowError):
+        return None
+    return f"process {pid} on {one_line(host)}"

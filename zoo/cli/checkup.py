@@ -22,7 +22,7 @@ def checks() -> list[dict[str, Any]]:
     found += [_package(name) for name in _PACKAGES]
     if all(check["ok"] for check in found):
         found += [_devices(), *_weights()]
-    return [*found, _folder()]
+    return [*found, _folder(), _pixel_cache()]
 
 
 def _check(name: str, ok: bool, detail: str, fix: str = "") -> dict[str, Any]:
@@ -83,3 +83,14 @@ def _folder() -> dict[str, Any]:
         return _check("home", False, str(error), "work elsewhere with --home")
     free = shutil.disk_usage(root.root).free / 2**30
     return _check("home", True, f"{root.root}, {free:.1f} GiB free")
+
+
+def _pixel_cache() -> dict[str, Any]:
+    from zoo.data.room import GB, cache_limit, caches_of
+
+    try:
+        limit, caches = cache_limit(), caches_of(home().data)
+    except ZooError as error:
+        return _check("pixel cache", False, str(error), "give ZOO_CACHE_GB a number, or unset it")
+    taken = sum(facts.st_size for facts in caches.values())
+    return _check("pixel cache", True, f"{taken / GB:.1f} of {limit / GB:g} GB (ZOO_CACHE_GB), {len(caches)} files")

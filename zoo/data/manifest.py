@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import os
 from collections import Counter, deque
@@ -13,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from zoo.data.columns import COLUMNS, frame_of, read_columns
 from zoo.errors import ZooError, nearest, one_line
 from zoo.files import (
     SCHEMA_VERSION,
@@ -21,7 +20,6 @@ from zoo.files import (
     check_name,
     home,
     read_toml,
-    sha256_bytes,
     sha256_file,
     write_toml,
 )
@@ -30,7 +28,6 @@ from zoo.runs import SPLITS
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ("sample_id", "path", "label", "group", "split", "sha256", "pixel_sha256")
 BAD_IMAGES = ("fail", "skip")
 Row = tuple[str, str, str, str, str, str, str]
 Progress = Callable[[int, int], None]
@@ -99,17 +96,16 @@ def load_dataset(name: str, root: Home | None = None, *, make_builtin: bool = Tr
     record = _read_record(folder)
     if "original" in record and not (folder / record["root"]).is_dir():
         _refuse_without_images(str(record["name"]))
-    data = _read_bytes(folder / "manifest.csv")
-    rows = _parse_manifest(data, folder / "manifest.csv")
-    _check_rows(rows, record["classes"], folder / "manifest.csv")
+    columns, digest = read_columns(folder / "manifest.csv")
+    _check_rows(zip(*columns, strict=True), record["classes"], folder / "manifest.csv")
     return Dataset(
         name=name,
         folder=folder,
         root=Path(os.path.normpath(folder.resolve() / record["root"])),
         classes=list(record["classes"]),
         negative_class=record.get("negative_class"),
-        frame=_frame(rows),
-        split_digest=sha256_bytes(data),
+        frame=frame_of(columns),
+        split_digest=digest,
         bad_images=record["bad_images"],
         facts={key: value for key, value in record.items() if key not in _OWN_KEYS},
     )
@@ -276,16 +272,7 @@ def manifest_rows(dataset: Dataset) -> list[Row]:
 
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of a `manifest.csv`; raises ZooError where it cannot be read."""
-    return _parse_manifest(_read_bytes(path), path)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ZooError(
-            f"cannot read {str(path)!r}: {one_line(error.strerror or error)}; import the dataset again"
-        ) from error
+    return list(zip(*read_columns(path)[0], strict=True))
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -314,27 +301,7 @@ def _check_record(record: dict[str, Any], path: Path) -> None:
         raise ZooError(f"{one_line(path)!r}: {'; '.join(faults)}; import the dataset again")
 
 
-def _parse_manifest(data: bytes, path: Path) -> list[Row]:
-    try:
-        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-        header = next(reader, [])
-        missing = [column for column in COLUMNS if column not in header]
-        if missing:
-            raise ZooError(f"{one_line(path)!r} has no column {', '.join(missing)}; import the dataset again")
-        places = [header.index(column) for column in COLUMNS]
-        rows: list[Row] = []
-        for cells in reader:
-            if len(cells) != len(header):
-                raise ZooError(
-                    f"{one_line(path)!r} line {reader.line_num}: {len(cells)} fields where the header has {len(header)}"
-                )
-            rows.append(tuple(cells[place] for place in places))  # type: ignore[arg-type]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ZooError(f"{one_line(path)!r} is no valid CSV: {one_line(error)}; import the dataset again") from error
-    return rows
-
-
-def _check_rows(rows: Sequence[Row], classes: Sequence[str], path: Path) -> None:
+def _check_rows(rows: Iterable[Sequence[str]], classes: Sequence[str], path: Path) -> None:
     """Raise ZooError for the first row, split or class that contradicts the rest."""
     allowed, ids, paths = set(classes), set[str](), set[str]()
     standing: set[tuple[str, str]] = set()
@@ -370,9 +337,3 @@ def _check_rows(rows: Sequence[Row], classes: Sequence[str], path: Path) -> None
 
 def _has_drive(image: str) -> bool:
     return ":" in image and Path(image).is_absolute()
-
-
-def _frame(rows: Sequence[Row]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame(list(rows), columns=list(COLUMNS), dtype="str")

@@ -12,13 +12,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, one_line
 from zoo.files import atomic_writer, read_json, sha256_bytes, sha256_file, write_json
+
+_OWN_FILES = ("epoch-", "best-", "average-")
 
 
 @dataclass
 class Progress:
-    """How far a run has come: finished epochs, the best on val, and what it has cost."""
+    """How far a run has come, and what it has cost.
+
+    epoch: finished epochs. step: batches done of the next one, whose sums so far are in partial. updates: of the
+    optimiser. parts: into how many a batch is divided, because a whole one needs more memory than there is. precision:
+    the facts of the plan that the run began with.
+    """
 
     epoch: int = 0
     best_epoch: int = 0
@@ -29,6 +36,31 @@ class Progress:
     images_seen: int = 0
     step_s: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    step: int = 0
+    parts: int = 1
+    partial: dict[str, float] = field(default_factory=dict)
+    precision: dict[str, Any] = field(default_factory=dict)
+
+    def end_epoch(self, row: dict[str, Any]) -> None:
+        """Count an epoch as finished: its row is history, its sums are added to the run's."""
+        self.step_s += self.partial.get("seconds", 0.0)
+        self.images_seen += int(self.partial.get("images", 0))
+        self.epoch, self.step, self.partial = row["epoch"], 0, {}
+        self.history.append(row)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A file of tensors in the checkpoint's folder that many checkpoints share: the best so far, an epoch's weights."""
+
+    file: str
+    sha256: str
+
+
+def keep_tensors(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> Kept:
+    """Write tensors once, for every checkpoint from now on that names them; one that is not named is removed."""
+    file = f"{name}.safetensors"
+    return Kept(file, save_tensors(folder / file, tensors))
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
@@ -59,10 +91,14 @@ def save_checkpoint(
     progress: Progress,
     tensors: dict[str, dict[str, torch.Tensor]],
     optimizer: torch.optim.Optimizer,
+    *,
+    scaler: dict[str, Any] | None = None,
+    kept: dict[str, Kept] | None = None,
 ) -> None:
     """Write a checkpoint beside the one before, which is removed only when the new one is whole.
 
-    tensors: name of a part (`model`, `best`, `ema`) to its state dict.
+    tensors: name of a part (`model`, `best`, `ema`) to its state dict. scaler: the state of fp16's gradient scaler.
+    kept: parts that `keep_tensors` has written. Raises ZooError where the disk is full; the one before stays.
     """
     flat = {f"{part}/{key}": value for part, state in tensors.items() for key, value in state.items()}
     scalars: dict[str, Any] = {}
@@ -72,16 +108,22 @@ def save_checkpoint(
                 flat[f"optimizer/{place}/{key}"] = value
             else:
                 scalars[f"{place}/{key}"] = value
-    name = f"epoch-{progress.epoch:05d}"
+    name = f"epoch-{progress.epoch:05d}" + (f"-step-{progress.step:07d}" if progress.step else "")
     sha256 = save_tensors(folder / f"{name}.safetensors", flat)
     # Some optimisers count their steps in the group, as a number or a tensor (timm's LAMB).
     groups = [{key: float(value) for key, value in group.items() if key == "step"} for group in optimizer.param_groups]
     facts: dict[str, Any] = {"run_digest": digest, "sha256": sha256, "progress": asdict(progress)}
-    facts |= {"scalars": scalars, "groups": groups}
+    facts |= {"scalars": scalars, "groups": groups, "scaler": scaler}
+    facts["kept"] = {part: asdict(file) for part, file in (kept or {}).items()}
     write_json(folder / f"{name}.json", facts)
-    for old in folder.glob("epoch-*"):
-        if old.stem != name:
-            old.unlink()
+    _remove_all_but(folder, {f"{name}.json", f"{name}.safetensors", *(each.file for each in (kept or {}).values())})
+
+
+def _remove_all_but(folder: Path, names: set[str]) -> None:
+    """Remove older checkpoints, their facts first, and what processes that were killed have left half written."""
+    for old in sorted(folder.iterdir(), key=lambda path: path.suffix != ".json"):
+        if old.name not in names and old.name.lstrip(".").startswith(_OWN_FILES):
+            old.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -92,6 +134,13 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
     scalars: dict[str, Any]
     groups: list[dict[str, float]]
+    scaler: dict[str, Any] | None = None
+    kept: dict[str, Kept] = field(default_factory=dict)
+    folder: Path = Path()
+
+    def kept_tensors(self, part: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a kept part; empty where the checkpoint names none."""
+        return load_file(self.folder / self.kept[part].file) if part in self.kept else {}
 
     def part(self, name: str) -> dict[str, torch.Tensor]:
         """Return the state dict of one part; empty where the checkpoint has no such part."""
@@ -119,27 +168,53 @@ class Checkpoint:
 def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
     """Return the newest whole checkpoint of the run with this digest, or None where there is none.
 
-    A checkpoint that was cut off or changed is passed over. Raises ZooError for that of another run.
+    One that was cut off or changed is passed over for the one before. Raises ZooError for that of another run, and
+    where there are some, but none is whole.
     """
-    for file in sorted(folder.glob("epoch-*.json"), reverse=True):
+    found = sorted(folder.glob("epoch-*.json"), key=lambda file: file.stem, reverse=True)
+    faults = []
+    for file in found:
         try:
             facts = read_json(file)
-        except ZooError:
-            continue
-        try:
-            tensors_file = file.with_suffix(".safetensors")
-            if sha256_file(tensors_file) != facts["sha256"]:
-                continue
             if facts["run_digest"] != digest:
-                raise ZooError(
-                    f"{str(folder)!r} holds the checkpoint of another run ({facts['run_digest'][:8]}, "
-                    f"this is {digest[:8]}); remove the folder to start anew"
-                )
-            progress = Progress(**facts["progress"])
-            return Checkpoint(progress, load_file(tensors_file), facts["scalars"], facts["groups"])
-        except (OSError, KeyError, TypeError, SafetensorError):
-            continue
+                raise _Foreign(str(facts["run_digest"]))
+            return _read_checkpoint(file, facts)
+        except _Foreign as other:
+            raise ZooError(
+                f"{str(folder)!r} holds the checkpoint of another run ({other.digest[:8]}, this is {digest[:8]}): of "
+                "another recipe, split or seed; move the folder away to start anew"
+            ) from None
+        except ZooError as error:
+            faults.append(str(error))
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            faults.append(f"{file.name}: {type(error).__name__}")
+    if faults:
+        raise ZooError(
+            f"no checkpoint in {str(folder)!r} is whole ({one_line(faults[0], 160)}); move the folder away to start "
+            "anew"
+        )
     return None
+
+
+class _Foreign(Exception):
+    def __init__(self, digest: str) -> None:
+        super().__init__(digest)
+        self.digest = digest
+
+
+def _read_checkpoint(file: Path, facts: dict[str, Any]) -> Checkpoint:
+    """Return a checkpoint, every file of it verified; raises OSError, KeyError, TypeError, or ValueError."""
+    tensors_file = file.with_suffix(".safetensors")
+    kept = {part: Kept(**each) for part, each in facts.get("kept", {}).items()}
+    for path, sha256 in (
+        (tensors_file, facts["sha256"]),
+        *((file.parent / each.file, each.sha256) for each in kept.values()),
+    ):
+        if sha256_file(path) != sha256:
+            raise ValueError(f"{path.name} was changed or cut off")
+    progress = Progress(**facts["progress"])
+    tensors = load_file(tensors_file)
+    return Checkpoint(progress, tensors, facts["scalars"], facts["groups"], facts.get("scaler"), kept, file.parent)
 
 
 def remove_checkpoints(folder: Path) -> None:

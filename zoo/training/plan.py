@@ -25,11 +25,12 @@ from zoo.models.registry import (
 from zoo.models.weights import WeightsFile, resolve_weights
 from zoo.recipe import Recipe, load_recipe
 from zoo.runs import Preprocessing, Run, RunRecord, find_run, run_name
+from zoo.training.strategy import frozen_names
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run, decided: everything that it needs is known to be there."""
+    """One run, decided: everything that it needs is known to be there. place: a folder in place of the home's runs."""
 
     recipe: Recipe
     dataset: Dataset
@@ -44,16 +45,22 @@ class Plan:
     bad_images: str | None
     network: str | None = None
     leaks_accepted: bool = False
+    place: Path | None = None
 
     @property
     def run(self) -> Run:
-        """Return the run folder, which need not be there yet."""
+        """Return the run folder, which need not be there yet; it lies in `place`, else among the home's runs."""
         name = run_name(self.dataset.name, self.recipe.name, self.seed, self.digest)
-        return Run(self.home.runs / name)
+        return Run((self.place or self.home.runs) / name)
 
     def with_seed(self, seed: int) -> Plan:
         """Return the same plan for another seed."""
         return replace(self, seed=seed, digest=digest_of([self.recipe_digest, self.dataset.split_digest, seed]))
+
+    def with_recipe(self, recipe: Recipe, seed: int) -> Plan:
+        """Return the plan of a recipe that differs in how weights are averaged or scored alone, for a seed."""
+        digest = _recipe_digest(recipe, self.spec, self.preprocessing, self.weights, self.network, self.bad_images)
+        return replace(self, recipe=recipe, recipe_digest=digest).with_seed(seed)
 
     @property
     def weights_label(self) -> str:
@@ -150,17 +157,21 @@ def make_plan(
 
     Raises ZooError for a dataset whose splits leak, unless accept_leaks, an unknown model, weights that cannot be
     reached or do not fit, a strategy that the model cannot follow, augmentation that does not exist, a device that
-    is not there, and folders that are full or cannot be written.
+    is not there, a batch larger than the training set, more loading processes or, by torchrun, training processes than
+    make sense, and folders that are full or cannot be written.
     """
-    from zoo.data.transforms import TRANSFORMS_VERSION, make_augment
-    from zoo.training.precision import choose_device, choose_plan
+    from zoo.data.transforms import make_augment
+    from zoo.training.precision import choose_device, choose_plan, choose_workers
 
     root = root or home()
     if not 0 <= seed < 2**31:
         raise ZooError(f"the seed must be from 0 to 2147483647. Got {seed}")
     recipe = load_recipe(recipe, root=root) if isinstance(recipe, str) else recipe
     dataset = load_dataset(data, root) if isinstance(data, str) else data
-    choose_plan(recipe.precision, choose_device(recipe.device))
+    device = choose_device(recipe.device)
+    choose_plan(recipe.precision, device)
+    choose_workers(recipe.workers, device)
+    _check_batch(recipe, dataset)
     spec = find_model(recipe.model.name)
     leaks_accepted = refuse_leaks(dataset, accept_leaks)
     weights, weights_from, source_run = _weights(recipe, spec, dataset, root, offline)
@@ -169,18 +180,7 @@ def make_plan(
     network = _check_model(recipe, spec, preprocessing, len(dataset.classes))
     _refuse_changed_network(source_run, network, len(dataset.classes))
     check_writable(root.runs)
-    resolved: dict[str, Any] = {
-        "recipe": recipe.digest,
-        "model": spec.name,
-        "preprocessing": preprocessing.identity,
-    }
-    resolved["weights"] = weights.sha256 if weights else None
-    resolved["augment"] = [recipe.policy, TRANSFORMS_VERSION]
-    if network is not None:
-        resolved["network"] = network
-    if bad_images:
-        resolved["bad_images"] = bad_images
-    recipe_digest = digest_of(resolved)
+    recipe_digest = _recipe_digest(recipe, spec, preprocessing, weights, network, bad_images)
     return Plan(
         recipe=recipe,
         dataset=dataset,
@@ -196,6 +196,57 @@ def make_plan(
         network=network,
         leaks_accepted=leaks_accepted,
     )
+
+
+def _recipe_digest(
+    recipe: Recipe,
+    spec: ModelSpec,
+    preprocessing: Preprocessing,
+    weights: WeightsFile | None,
+    network: str | None,
+    bad_images: str | None,
+) -> str:
+    """Return the identity of a recipe together with what its names stand for here."""
+    from zoo.data.transforms import TRANSFORMS_VERSION
+
+    resolved: dict[str, Any] = {
+        "recipe": recipe.digest,
+        "model": spec.name,
+        "preprocessing": preprocessing.identity,
+        "weights": weights.sha256 if weights else None,
+        "augment": [recipe.policy, TRANSFORMS_VERSION],
+    }
+    if network is not None:
+        resolved["network"] = network
+    if bad_images:
+        resolved["bad_images"] = bad_images
+    return digest_of(resolved)
+
+
+def _check_batch(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse batches larger than the training set, where they are asked for, or too small for torchrun's processes.
+
+    A recipe that leaves the size open takes the whole of a small training set as one batch.
+    """
+    from zoo.training.parallel import expected_world
+
+    images = int((dataset.frame["split"] == "train").sum())
+    size, times, world = recipe.finetune.batch_size, recipe.finetune.accumulate, expected_world()
+    if times == 1 and "batch_size" not in recipe.finetune.model_fields_set:
+        size = min(size, images)
+    if size * times > images:
+        got = f"{size}" if times == 1 else f"{size} x {times} (finetune.accumulate)"
+        raise ZooError(
+            f"finetune.batch_size must be at most the {images} training images of {dataset.name!r}. Got {got}; set "
+            f"finetune.batch_size={max(1, images // times // 4)}"
+        )
+    last = images % size or size
+    smallest = min(size, last + size if last == 1 and images > size else last)
+    if world > (smallest + 1) // 2:
+        raise ZooError(
+            f"torchrun started {world} processes, but {images} training images in batches of {size} leave one of "
+            f"{smallest}, which {(smallest + 1) // 2} can share; start fewer, or set finetune.batch_size"
+        )
 
 
 def _weights(
@@ -273,7 +324,28 @@ def _check_model(recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, 
             f"model {spec.name!r} does not say which layer comes first (it has no group_matcher); set "
             "finetune.layer_decay = 1.0 and a strategy other than gradual"
         )
+    frozen_names(model, recipe.finetune.freeze)
+    _check_sizes(recipe, spec, preprocessing, model)
     return own_network_digest(spec, model)
+
+
+def _check_sizes(recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, model: torch.nn.Module) -> None:
+    """Refuse growing image sizes that do not end at the run's own, or that the network cannot take."""
+    sizes = recipe.finetune.image_sizes
+    if sizes and sizes[-1] != preprocessing.image_size:
+        raise ZooError(
+            f"finetune.image_sizes must end at the model's image size, {preprocessing.image_size} pixels. Got {sizes}; "
+            f"add {preprocessing.image_size}, or set model.image_size = {sizes[-1]}"
+        )
+    for size in sizes[:-1]:
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(2, 3, size, size, device="meta"))
+        except Exception as error:  # a network may refuse in any way
+            raise ZooError(
+                f"model {spec.name!r} cannot take images of {size} pixels ({one_line(error, 120)}); leave "
+                "finetune.image_sizes out"
+            ) from error
 
 
 def failed_record(recipe: Recipe | str, dataset: Dataset, seed: int, reason: str) -> RunRecord:

@@ -1,30 +1,58 @@
-"""Where and in which number format a run is computed."""
+"""Where and in which number format a run is computed, and how the fastest format is found."""
 
 from __future__ import annotations
 
+import math
 import os
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from zoo.errors import ZooError, one_line
+from zoo.files import digest_of, read_json, write_json
+
+FEWEST_STEPS = 200  # below, measuring would cost more than it brings
+LONG_RUN_S = 900.0  # from here on torch.compile, which costs a minute or two, is tried as well
+CLOSE = 0.05  # relative difference of a loss from float32's
+GAIN = 1.1  # what float32 in channels-last order gives way for: noise must not decide the bits of a run
+TIE = 1.05  # plans nearer than that are alike, and the more exact one is taken
+_ROUNDS = 2
+_TIMED_STEPS = 2
+_HOPELESS = 2.5  # times the fastest; such a plan is not measured again
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """The number format of the forward pass; weights, gradients and optimiser stay float32."""
+    """The number format of the forward pass; weights, gradients and optimiser stay float32.
+
+    source: `forced`, `default`, `measured` or `cached`. measured: images per second of each plan that was tried, None
+    for one whose loss was not finite, or far from float32's.
+    """
 
     dtype: str
     channels_last: bool
+    compiled: bool = False
+    source: str = field(default="default", compare=False)
+    measured: dict[str, float | None] = field(default_factory=dict, compare=False)
+
+    @property
+    def name(self) -> str:
+        """Return the name that `--set precision=...` takes.
+
+        >>> PrecisionPlan("bf16", channels_last=False).name
+        'bf16-nchw'
+        """
+        return f"{self.dtype}-{'channels-last' if self.channels_last else 'nchw'}{'-compile' if self.compiled else ''}"
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return the context in which a forward pass runs."""
-        if self.dtype == "float32":
-            return nullcontext()
-        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.dtype]
-        return torch.autocast(device.type, dtype=kind)
+        return nullcontext() if self.dtype == "float32" else torch.autocast(device.type, dtype=_DTYPES[self.dtype])
 
     def place(self, images: torch.Tensor) -> torch.Tensor:
         """Return images of shape (B, C, H, W) in the plan's memory format."""
@@ -35,9 +63,35 @@ class PrecisionPlan:
         """Return torch's name of the memory format."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler | None:
+        """Return what keeps small gradients of fp16 from vanishing; None for other formats."""
+        return torch.amp.GradScaler(device.type, init_scale=2.0**14) if self.dtype == "fp16" else None
+
     def facts(self) -> dict[str, Any]:
+        """Return what decides the numbers; `compiled` only where it is so."""
+        plain = {"dtype": self.dtype, "channels_last": self.channels_last}
+        return {**plain, "compiled": True} if self.compiled else plain
+
+    def record(self) -> dict[str, Any]:
         """Return the plan as run.json records it."""
-        return asdict(self)
+        more = {"images_per_s": self.measured} if self.measured else {}
+        return {**self.facts(), "name": self.name, "source": self.source, **more}
+
+
+def recorded_plan(facts: dict[str, Any]) -> PrecisionPlan:
+    """Return the plan of a `run.json`; torch.compile changes only training, never how a run is scored."""
+    return PrecisionPlan(facts.get("dtype", "float32"), channels_last=facts.get("channels_last", True))
+
+
+def begun_plan(facts: dict[str, Any]) -> PrecisionPlan:
+    """Return the plan with which a run that goes on was begun, as `record` gave it."""
+    return PrecisionPlan(
+        facts["dtype"],
+        facts["channels_last"],
+        facts.get("compiled", False),
+        facts.get("source", "default"),
+        facts.get("images_per_s", {}),
+    )
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -51,7 +105,10 @@ def choose_device(wanted: str) -> torch.device:
     if torch.cuda.is_available():
         there.insert(0, "cuda")
     if wanted == "auto":
-        return torch.device(there[0])
+        # Of several processes that torchrun started, each has its own card.
+        local = os.environ.get("LOCAL_RANK", "")
+        several = there[0] == "cuda" and local.isdecimal() and int(local) < torch.cuda.device_count()
+        return torch.device(f"cuda:{local}" if several else there[0])
     kind, colon, index = wanted.partition(":")
     counts = {"cuda": torch.cuda.device_count()}
     if kind not in there or (colon and not (index.isdecimal() and int(index) < counts.get(kind, 1))):
@@ -61,17 +118,149 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_plan(wanted: str, device: torch.device) -> PrecisionPlan:
-    """Return the number format for a device: bf16 on CUDA cards that have it, else float32.
+    """Return the plan of a name, or what `auto` is without measuring: bf16 on CUDA cards that have it, else float32.
 
-    On a CPU bf16 makes some networks twice as fast and others slower, so it is only taken when asked for.
-    Raises ZooError for fp16, which needs CUDA.
+    A dtype alone means channels-last order. Raises ZooError where the device cannot compute in it.
     """
-    if wanted == "fp16":
-        raise ZooError("precision 'fp16' is not offered for training; take bf16 or float32: --set precision=auto")
-    if wanted != "auto":
-        return PrecisionPlan(wanted, channels_last=True)
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return PrecisionPlan("bf16" if has_bf16 else "float32", channels_last=True)
+    if wanted == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return PrecisionPlan("bf16" if has_bf16 else "float32", channels_last=True)
+    dtype = wanted.partition("-")[0]
+    if dtype != "float32" and not torch.amp.is_autocast_available(device.type):
+        raise ZooError(f"precision {wanted!r} is not to be had on device {device.type!r}; take float32 or auto")
+    return PrecisionPlan(dtype, "-nchw" not in wanted, "-compile" in wanted, source="forced")
+
+
+def candidates(device: torch.device) -> list[PrecisionPlan]:
+    """Return the plans worth measuring on a device, the most exact and usual first."""
+    dtypes = ["float32"]
+    if torch.amp.is_autocast_available(device.type):
+        # fp16 without tensor cores is emulated: it never was the fastest of any network on a CPU.
+        dtypes += ["bf16", "fp16"] if device.type == "cuda" else ["bf16"] if device.type == "cpu" else []
+    return [PrecisionPlan(dtype, channels_last) for dtype in dtypes for channels_last in (True, False)]
+
+
+def measured_plan(
+    steps: Callable[[PrecisionPlan, int], list[tuple[float, float]]],
+    plans: Sequence[PrecisionPlan],
+    images: int,
+    seconds_left: Callable[[float], float] | None = None,
+) -> PrecisionPlan:
+    """Return the fastest plan whose losses are finite and close to float32's.
+
+    steps: called with a plan and a number of steps, trains so many from one and the same start and returns seconds and
+    loss of each; the first is a warm-up. plans: the first is what others have to beat by a tenth. images: of a step.
+    seconds_left: of the run at so many seconds a step; where they are many, the winner is tried compiled, too.
+
+    Plans take turns, so that a drift of the machine hits all alike. A plan that fails is left out.
+    """
+    times: dict[PrecisionPlan, list[float]] = {plan: [] for plan in plans}
+    losses: dict[PrecisionPlan, list[float]] = {}
+    for _ in range(_ROUNDS):
+        for plan in plans:
+            best = min((min(each) for each in times.values() if each), default=math.inf)
+            if plan in losses and (not times[plan] or min(times[plan]) > _HOPELESS * best):
+                continue
+            found = _tried(steps, plan)
+            losses[plan] = [loss for _, loss in found]
+            if not _close(losses[plan], losses[plans[0]]):
+                times[plan] = []
+                continue
+            times[plan] += [seconds for seconds, _ in found[1:]]
+    rates = {plan.name: images / min(each) if each else None for plan, each in times.items()}
+    chosen = _fastest({plan: min(each) for plan, each in times.items() if each}, plans)
+    if seconds_left is not None and times[chosen]:
+        chosen = _maybe_compiled(steps, chosen, min(times[chosen]), images, seconds_left, losses[plans[0]], rates)
+    return replace(chosen, source="measured", measured={name: rate and round(rate, 2) for name, rate in rates.items()})
+
+
+def _tried(
+    steps: Callable[[PrecisionPlan, int], list[tuple[float, float]]], plan: PrecisionPlan
+) -> list[tuple[float, float]]:
+    try:
+        return steps(plan, 1 + _TIMED_STEPS)
+    except (RuntimeError, MemoryError, NotImplementedError):  # a format that this network or machine cannot do
+        return []
+
+
+def _close(losses: list[float], reference: list[float]) -> bool:
+    """Return whether losses are there, finite, and near those of float32."""
+    return bool(losses) and all(
+        math.isfinite(loss) and abs(loss - wanted) <= CLOSE * max(1.0, abs(wanted))
+        for loss, wanted in zip(losses, reference, strict=True)
+    )
+
+
+def _fastest(seconds: dict[PrecisionPlan, float], plans: Sequence[PrecisionPlan]) -> PrecisionPlan:
+    """Return the first of the plans that are as fast as the fastest; the usual one unless it is clearly beaten."""
+    usual = plans[0]
+    if not seconds:
+        return usual
+    best = min(seconds.values())
+    if usual in seconds and seconds[usual] <= GAIN * best:
+        return usual
+    return next(plan for plan in plans if plan in seconds and seconds[plan] <= TIE * best)
+
+
+def _maybe_compiled(
+    steps: Callable[[PrecisionPlan, int], list[tuple[float, float]]],
+    plan: PrecisionPlan,
+    step_s: float,
+    images: int,
+    seconds_left: Callable[[float], float],
+    reference: list[float],
+    rates: dict[str, float | None],
+) -> PrecisionPlan:
+    """Return the plan compiled, where what it saves over the run is more than compiling takes."""
+    if seconds_left(step_s) < LONG_RUN_S:
+        return plan
+    compiled = replace(plan, compiled=True)
+    started = time.perf_counter()
+    try:
+        found = steps(compiled, 1 + _TIMED_STEPS)
+    except Exception:  # no compiler, or a network that it cannot do: compilers raise kinds of their own
+        rates[compiled.name] = None
+        return plan
+    cost = time.perf_counter() - started
+    if not _close([loss for _, loss in found], reference):
+        rates[compiled.name] = None
+        return plan
+    fastest = min(seconds for seconds, _ in found[1:])
+    rates[compiled.name] = images / fastest
+    saved = seconds_left(step_s) - seconds_left(fastest)
+    return compiled if GAIN * fastest < step_s and saved > 2 * cost else plan
+
+
+# The plans that this machine has found -------------------------------------------------------------------------
+
+
+def plan_file(identity: dict[str, Any]) -> Path:
+    """Return where this machine keeps the plan of a network, image size, batch and number of threads."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return folder / "zoo" / "precision" / f"{digest_of(identity)[:24]}.json"
+
+
+def known_plan(identity: dict[str, Any]) -> PrecisionPlan | None:
+    """Return the plan that was measured before, or None."""
+    try:
+        stored = read_json(plan_file(identity))
+        return PrecisionPlan(
+            stored["dtype"],
+            bool(stored["channels_last"]),
+            bool(stored.get("compiled", False)),
+            source="cached",
+            measured=dict(stored.get("images_per_s", {})),
+        )
+    except (ZooError, KeyError, TypeError, ValueError, RuntimeError):
+        return None
+
+
+def keep_plan(identity: dict[str, Any], plan: PrecisionPlan) -> None:
+    """Remember a measured plan; where the folder cannot be written, it is measured again the next time."""
+    try:
+        write_json(plan_file(identity), {**plan.record(), "of": identity})
+    except (ZooError, RuntimeError):
+        return
 
 
 def cores() -> int:
@@ -79,12 +268,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def most_processes() -> int:
+    """Return how many processes this machine can sensibly be asked for."""
+    return max(16, 4 * cores())
+
+
 def choose_workers(wanted: int | str, device: torch.device) -> int:
     """Return the loading processes: none beside CPU training, which needs every core itself.
 
-    Cached pixels make loading cheap; a GPU gets up to eight.
+    Cached pixels make loading cheap; a GPU gets up to eight. Raises ZooError for more than the machine can bear.
     """
     if isinstance(wanted, int):
+        if wanted > most_processes():
+            raise ZooError(
+                f"workers must be from 0 to {most_processes()} on this machine of {cores()} cores. Got {wanted}; "
+                "leave it at auto"
+            )
         return wanted
     return 0 if device.type == "cpu" else max(0, min(8, cores() - 1))
 

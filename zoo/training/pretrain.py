@@ -84,6 +84,10 @@ class Pretraining:
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise ZooError(f"zoo pretrain: {name} must be from {low:g} to {high:g}. Got {getattr(self, name)!r}")
+        if self.precision not in ("auto", "float32", "bf16"):
+            raise ZooError(
+                f"precision {one_line(self.precision, 40)!r} is not offered for pretraining; take auto, float32 or bf16"
+            )
         if not self.image_sizes or any(not 32 <= size <= self.pool_size for size in self.image_sizes):
             raise ZooError(
                 f"zoo pretrain: image_sizes must lie between 32 px and the {self.pool_size} px of the drawn images. "

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
-from zoo.data.loader import TrainBatches
+from zoo.data.loader import Batch, TrainBatches, share
 from zoo.data.transforms import normalise_tensor
 from zoo.errors import ZooError
 from zoo.recipe import Recipe
+from zoo.runs import Preprocessing
 from zoo.training.checkpoint import Progress
-from zoo.training.plan import Plan
+from zoo.training.interruption import Interruption
+from zoo.training.loss import Criterion
+from zoo.training.parallel import ALONE, Group
 from zoo.training.precision import PrecisionPlan
 
 FINITE_FIX = "lower optimizer.lr, or set finetune.clip_grad = 1.0"
+CHECK_EVERY = 20  # updates, on a GPU, which waits for each number that is asked of it
 
 
 class NonFiniteLossError(ZooError):
@@ -28,86 +36,211 @@ class NonFiniteLossError(ZooError):
 
 
 @dataclass
-class EpochTrainer:
-    """Forward, backward and update over the batches of an epoch."""
+class Updater:
+    """Forward, backward and update: what one step of a recipe is, whoever asks for it."""
 
-    plan: Plan
+    recipe: Recipe
+    preprocessing: Preprocessing
+    seed: int
     device: torch.device
     precision: PrecisionPlan
-    criterion: nn.Module
-    progress: Progress
+    criterion: Criterion
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: Any
-    ema: Any
-    report: Callable[[int, int, dict[str, Any]], None]
+    classes: int
+    group: Group = ALONE
+    parts: int = 1
+    scaler: torch.amp.GradScaler | None = None
+    network: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
-        self.mixup = _make_mixup(self.plan.recipe, len(self.plan.dataset.classes))
-        # A GPU waits for each number that is asked of it; a CPU does not.
-        self.check_every = 1 if self.device.type == "cpu" else 20
+        self.mixup = _make_mixup(self.recipe, self.classes)
 
-    def epoch(self, batches: TrainBatches, epoch: int) -> dict[str, Any]:
-        """Train one epoch; return its row of the history."""
-        losses: list[tuple[torch.Tensor, int]] = []
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
-        count, loss_sum, checked, started = 0, 0.0, 0, time.perf_counter()
-        for number, (images, labels, _) in enumerate(batches.epoch(epoch), 1):
-            loss, hits = self._step(images, labels, epoch, number)
-            losses.append((loss, len(labels)))
-            right += hits
-            count += len(labels)
-            if number % self.check_every == 0 or number == len(batches):
-                for each, size in losses:
-                    checked += 1
-                    self._refuse_non_finite(float(each), epoch, checked)
-                    loss_sum += float(each) * size
-                losses.clear()
-                rate = count / (time.perf_counter() - started)
-                row = {"epoch": epoch, "train_loss": loss_sum / count, "images_per_s": rate}
-                self.report(number, len(batches), row)
-        seconds = time.perf_counter() - started
-        self.progress.step_s += seconds
-        self.progress.images_seen += count
+    def update(
+        self, batches: list[Batch], epoch: int, number: int, image_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make one update from one or several batches; the gradients are those of the batches as one.
+
+        number: of the first batch within its epoch, from 1. Returns loss and hits of this process's images: summed
+        over all processes, the mean loss of the update and the number of images that were right.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        counts = [len(labels) for _, labels, _ in batches]
+        if self.group.world > 1:
+            counts = [int(count) for count in self.group.total([float(each) for each in counts], self.device)]
+        # timm mixes a batch with its own reverse, which an odd one has not.
+        mixed = [self.mixup is not None and count % 2 == 0 for count in counts]
+        alone = self.group.world == 1 and len(batches) == 1 and self.parts == 1
+        whole = None if alone else self._denominator(batches, mixed)
+        loss_sum = torch.zeros((), device=self.device)
+        hits = torch.zeros((), dtype=torch.int64, device=self.device)
+        for place, (pixels, true, _) in enumerate(batches):
+            inputs = self._inputs(pixels, true, step_seed(self.seed, epoch, number + place), image_size, mixed[place])
+            pieces = list(zip(*(each.chunk(min(self.parts, len(true))) for each in inputs), strict=True))
+            noise = self.group.noise(share(counts[place], self.group.rank, self.group.world), counts[place])
+            for piece, (images, targets, labels) in enumerate(pieces, 1):
+                with noise, self._unsynced(last=place == len(batches) - 1 and piece == len(pieces)):
+                    loss, right = self._backward(images, targets, labels, whole)
+                loss_sum += loss
+                hits += right
+        self._apply()
+        return loss_sum, hits
+
+    def _inputs(
+        self, pixels: torch.Tensor, labels: torch.Tensor, seed: int, image_size: int, mixed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # Dropout, drop-path and mixing follow from (seed, epoch, step) alone: no random state to keep.
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        labels = labels.to(self.device, non_blocking=True)
+        images = normalise_tensor(pixels.to(self.device, non_blocking=True), self.preprocessing)
+        if image_size != images.shape[-1]:
+            size = (image_size, image_size)
+            images = functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+        targets = labels
+        if mixed:
+            images, targets = self.mixup(images, labels)
+        return images, targets, labels
+
+    def _denominator(self, batches: list[Batch], mixed: list[bool]) -> float:
+        """Return what the sum of losses is divided by to be the mean over all batches and processes."""
+        own = 0.0
+        for (_, labels, _), soft in zip(batches, mixed, strict=True):
+            own += len(labels) if soft else float(self.criterion.denominator(labels.to(self.device)))
+        return self.group.total([own], self.device)[0]
+
+    def _unsynced(self, last: bool) -> AbstractContextManager[Any]:
+        """Return the context in which gradients stay within their process until the last part is done."""
+        skip = getattr(self.network, "no_sync", None)
+        return nullcontext() if last or skip is None else skip()
+
+    def _backward(
+        self, images: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, whole: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        network = self.network or self.model
+        with self.precision.autocast(self.device):
+            logits = network(self.precision.place(images))
+        if whole is None:
+            loss = self.criterion(logits.float(), target)
+        else:
+            loss = self.criterion.sums(logits.float(), target)[0] / whole
+        # Gradients are averaged over processes: times their number they are the sum's.
+        scaled = loss if self.group.world == 1 else loss * self.group.world
+        scaled = scaled if self.scaler is None else self.scaler.scale(scaled)
+        scaled.backward()
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def _apply(self) -> None:
+        clip = self.recipe.finetune.clip_grad
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+
+@dataclass
+class EpochTrainer:
+    """The updates of an epoch: counted, checked, told of, and saved now and then."""
+
+    updater: Updater
+    progress: Progress
+    scheduler: Any
+    ema: Any
+    interruption: Interruption
+    report: Callable[[int, int, dict[str, Any]], None]
+    save: Callable[[], None]
+    checkpoint_s: float
+
+    def __post_init__(self) -> None:
+        self.check_every = 1 if self.updater.device.type == "cpu" else CHECK_EVERY
+        self.saved_at = time.perf_counter()
+        self.whole = True  # whether model, optimiser and counters belong to the same moment
+
+    def epoch(self, batches: TrainBatches, epoch: int, image_size: int) -> dict[str, Any]:
+        """Train what is left of an epoch; return its row of the history. The sums stay until the epoch is scored."""
+        progress, group = self.progress, self.updater.group
+        sums = progress.partial = {"loss": 0.0, "hits": 0.0, "images": 0.0, "seconds": 0.0, **progress.partial}
+        pending: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        accumulate = self.updater.recipe.finetune.accumulate
+        started, before, begun_with = time.perf_counter(), sums["seconds"], sums["images"]
+        for number, several in _several(batches.epoch(epoch, progress.step), accumulate, progress.step + 1):
+            with self.interruption.step():
+                self.whole = False
+                loss, hits = self.updater.update(several, epoch, number, image_size)
+                progress.step = number + len(several) - 1
+                progress.updates += 1
+                self.scheduler.step_update(progress.updates)
+                if self.ema is not None:
+                    self.ema.update(self.updater.model, step=progress.updates)
+                pending.append((loss, hits, sum(len(labels) for _, labels, _ in several)))
+                ended = progress.step == len(batches)
+                checked = progress.updates % self.check_every == 0 or ended
+                if checked:
+                    self._flush(pending, epoch)
+                    sums["seconds"] = before + time.perf_counter() - started
+                    self.whole = True
+            if checked:
+                rate = (sums["images"] - begun_with) / max(1e-9, sums["seconds"] - before)
+                row = {"epoch": epoch, "train_loss": sums["loss"] / sums["images"], "images_per_s": rate}
+                self.report(progress.step, len(batches), row)
+                self._pause(group, ended)
+        return self._row(epoch)
+
+    def _flush(self, pending: list[tuple[torch.Tensor, torch.Tensor, int]], epoch: int) -> None:
+        """Add the updates since the last time to the epoch's sums; refuse a loss that is no number."""
+        if not pending:
+            return
+        group, device, sums = self.updater.group, self.updater.device, self.progress.partial
+        losses = [float(loss) for loss, _, _ in pending]
+        hits = float(sum(float(right) for _, right, _ in pending))
+        counts = [float(count) for _, _, count in pending]
+        totals = group.total([*losses, *counts, hits], device)
+        losses, counts = totals[: len(pending)], totals[len(pending) : -1]
+        accumulate = self.updater.recipe.finetune.accumulate
+        for back, (loss, count) in enumerate(zip(losses, counts, strict=True)):
+            if not math.isfinite(loss):
+                step = self.progress.step - (len(pending) - 1 - back) * accumulate
+                raise NonFiniteLossError(f"the loss was not finite in epoch {epoch}, step {max(1, step)}; {FINITE_FIX}")
+            sums["loss"] += loss * count
+            sums["images"] += count
+        sums["hits"] += totals[-1]
+        pending.clear()
+
+    def _pause(self, group: Group, ended: bool) -> None:
+        """Save where it is time, and stop where a signal has come to any of the processes."""
+        stop = self.interruption.requested or 0
+        due = not ended and time.perf_counter() - self.saved_at >= self.checkpoint_s
+        if group.world > 1:
+            stop, due = group.agreed(stop, due, self.updater.device)
+        if due:
+            self.save()
+            self.saved_at = time.perf_counter()
+        self.interruption.check(stop)
+
+    def _row(self, epoch: int) -> dict[str, Any]:
+        sums = self.progress.partial
         return {
             "epoch": epoch,
             "phase": "network",
-            "lr": max(group["lr"] for group in self.optimizer.param_groups),
-            "train_loss": loss_sum / count,
-            "train_top1": float(right) / count,
-            "images_per_s": round(count / seconds, 2),
+            "lr": max(group["lr"] for group in self.updater.optimizer.param_groups),
+            "train_loss": sums["loss"] / sums["images"],
+            "train_top1": sums["hits"] / sums["images"],
+            "images_per_s": round(sums["images"] / max(1e-9, sums["seconds"]), 2),
         }
 
-    def _step(
-        self, images: torch.Tensor, labels: torch.Tensor, epoch: int, number: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Dropout, drop-path and mixing follow from (seed, epoch, step) alone: no random state to keep.
-        seed = step_seed(self.plan.seed, epoch, number)
-        torch.manual_seed(seed)
-        labels = labels.to(self.device, non_blocking=True)
-        batch = normalise_tensor(images.to(self.device, non_blocking=True), self.plan.preprocessing)
-        target = labels
-        if self.mixup is not None and len(labels) % 2 == 0:  # timm mixes a batch with its own reverse
-            np.random.seed(seed % 2**32)
-            batch, target = self.mixup(batch, labels)
-        with self.precision.autocast(self.device):
-            logits = self.model(self.precision.place(batch))
-            loss = self.criterion(logits.float(), target)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.plan.recipe.finetune.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.recipe.finetune.clip_grad)
-        self.optimizer.step()
-        self.progress.updates += 1
-        self.scheduler.step_update(self.progress.updates)
-        if self.ema is not None:
-            self.ema.update(self.model, step=self.progress.updates)
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
-    @staticmethod
-    def _refuse_non_finite(loss: float, epoch: int, step: int) -> None:
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(f"the loss was not finite in epoch {epoch}, step {step}; {FINITE_FIX}")
+def _several(batches: Iterator[Batch], accumulate: int, first: int) -> Iterator[tuple[int, list[Batch]]]:
+    """Yield the number of the first batch and the batches of each update."""
+    number = first
+    while several := list(itertools.islice(batches, accumulate)):
+        yield number, several
+        number += len(several)
 
 
 def step_seed(seed: int, epoch: int, step: int) -> int:

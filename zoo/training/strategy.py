@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from zoo.models.registry import classifier_of
+from zoo.errors import ZooError, nearest, one_line
+from zoo.models.registry import classifier_of, classifiers_of
 from zoo.recipe import Recipe
 
 DEFAULT_HEAD_LR = 3e-3
@@ -90,6 +92,49 @@ def layer_groups(model: nn.Module) -> list[list[str]]:
     return [head, *[names for names in rest if names]]
 
 
+def frozen_names(model: nn.Module, freeze: Sequence[str]) -> set[str]:
+    """Return the parameters that `finetune.freeze` names: modules by name, or `stem`, the first of timm's stages.
+
+    Raises ZooError for a name that is no module's, or when the classifier or every parameter would be frozen.
+
+    >>> from zoo.models.nets import SimpleCNN
+    >>> sorted(frozen_names(SimpleCNN(3), ["stem"]))
+    ['stem.0.0.weight', 'stem.0.1.bias', 'stem.0.1.weight']
+    """
+    every = [name for name, _ in model.named_parameters()]
+    found: set[str] = set()
+    for wanted in freeze:
+        names = {name for name in every if name == wanted or name.startswith(f"{wanted}.")}
+        if not names and wanted == "stem" and hasattr(model, "group_matcher"):
+            names = set(layer_groups(model)[-1])
+        if not names:
+            modules = [
+                name for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+            ]
+            shown = ", ".join(dict.fromkeys(name.partition(".")[0] for name in modules))
+            raise ZooError(
+                f"finetune.freeze names {one_line(wanted)!r}, which is no part of this network"
+                f"{nearest(wanted, modules)}; it has {shown}, and what lies in these"
+            )
+        found |= names
+    head = {name for each, _ in classifiers_of(model) for name in every if name.startswith(f"{each}.")}
+    if found & head:
+        raise ZooError(
+            f"finetune.freeze must leave the classifier ({', '.join(sorted(found & head))}) to be trained. "
+            f"Got {list(freeze)}"
+        )
+    return found
+
+
+def image_size_of(recipe: Recipe, phase: Phase, epoch: int, final: int) -> int:
+    """Return the pixels of an epoch's training images: `finetune.image_sizes` share the epochs alike, in order.
+
+    Growing sizes: Howard 2018 (fast.ai in DAWNBench); Tan and Le 2021, arXiv 2104.00298. Val is always seen at `final`.
+    """
+    sizes = recipe.finetune.image_sizes
+    return sizes[(epoch - phase.first_epoch) * len(sizes) // phase.epochs] if sizes else final
+
+
 def set_trained(model: nn.Module, names: set[str] | None) -> None:
     """Let only the named parameters be trained (None: all); frozen layers keep their batch statistics too."""
     model.train()
@@ -104,10 +149,12 @@ def set_trained(model: nn.Module, names: set[str] | None) -> None:
 
 
 def trained_names(model: nn.Module, recipe: Recipe, phase: Phase, epoch: int) -> set[str] | None:
-    """Return the parameters that an epoch trains, or None for all of them.
+    """Return the parameters that an epoch trains, or None for all of them: without those that `freeze` names.
 
     Gradual unfreezing opens one more stage at even steps, from the head down; all are open for the last half.
     """
+    if recipe.finetune.freeze:
+        return {name for name, _ in model.named_parameters()} - frozen_names(model, recipe.finetune.freeze)
     if recipe.finetune.strategy != "gradual":
         return None
     groups = layer_groups(model)

@@ -1,0 +1,495 @@
+"""One run in progress: its phases, the best on val so far, its checkpoints, and what it leaves when it ends."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from zoo.data.cache import Pixels, open_pixels
+from zoo.data.loader import TrainBatches
+from zoo.data.transforms import make_augment
+from zoo.errors import ZooError, one_line
+from zoo.evaluation.metrics import METRIC_SIGN, selection_score
+from zoo.files import to_json, write_error, write_text
+from zoo.models.registry import classifier_of
+from zoo.runs import Run
+from zoo.training import features as feature_cache
+from zoo.training.checkpoint import (
+    Checkpoint,
+    Kept,
+    Progress,
+    keep_tensors,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+    save_tensors,
+)
+from zoo.training.derived import StateScorer, average_epochs
+from zoo.training.environment import device_name, versions
+from zoo.training.head import HeadTrainer
+from zoo.training.interruption import Interruption
+from zoo.training.loss import make_criterion
+from zoo.training.parallel import Group, across, share_batch_norm
+from zoo.training.plan import Plan
+from zoo.training.precision import PrecisionPlan, begun_plan, choose_device, choose_workers, set_threads
+from zoo.training.scoring import write_scores
+from zoo.training.speed import FORWARD_BATCH, compiled, plan_precision
+from zoo.training.step import FINITE_FIX, EpochTrainer, NonFiniteLossError, Updater, make_ema
+from zoo.training.strategy import (
+    Phase,
+    frozen_names,
+    image_size_of,
+    make_optimizer,
+    make_scheduler,
+    phases,
+    set_trained,
+    trained_names,
+)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A sign of life: which run does what, how far it is, and how well it goes."""
+
+    run: str
+    phase: str
+    done: int
+    total: int
+    epoch: int = 0
+    epochs: int = 0
+    loss: float | None = None
+    val: str = ""
+    images_per_s: float | None = None
+
+
+OnTick = Callable[[Tick], None]
+OnEpoch = Callable[[dict[str, Any]], None]
+
+
+class Trainer:
+    """One run in one process, or this process's part of it.
+
+    parts: into how many a batch is divided so that it fits the memory; what a checkpoint says is the least.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        group: Group,
+        interruption: Interruption,
+        on_tick: OnTick,
+        on_epoch: OnEpoch,
+        parts: int = 1,
+    ) -> None:
+        self.plan, self.recipe, self.group, self.interruption = plan, plan.recipe, group, interruption
+        self.on_tick, self.on_epoch = on_tick, on_epoch
+        self.device = choose_device(plan.recipe.device)
+        self.threads = set_threads()
+        self.precision = PrecisionPlan("float32", channels_last=True)
+        self.folder = plan.run.path / "checkpoint"
+        self.checkpoint: Checkpoint | None = load_checkpoint(self.folder, plan.digest)
+        self.progress = Progress() if self.checkpoint is None else self.checkpoint.progress
+        self.progress.parts = max(parts, self.progress.parts)
+        self.kept: dict[str, Kept] = {} if self.checkpoint is None else dict(self.checkpoint.kept)
+        self.best: dict[str, torch.Tensor] = {}
+        self.best_logits = torch.empty(0)
+        self.saved_updates = -1
+        self.clock = time.perf_counter()
+
+    def run(self) -> Run:
+        """Train every phase, then score val with the best weights and write the record."""
+        plan = self.plan
+        if self.group.leads:
+            self._begin()
+        with self.group.first_alone():
+            self.train_pixels, self.val_pixels = self._pixels("train"), self._pixels("val")
+        self._check_classes()
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = False
+            torch.backends.cudnn.deterministic = True
+        counts = np.bincount(self.train_pixels.y_true, minlength=len(plan.dataset.classes))
+        self.criterion = make_criterion(self.recipe.loss, counts, self.device)
+        model, note = plan.model()
+        if self.checkpoint is not None:
+            feature_cache.load_grown(model, self.checkpoint.part("model"))
+            stored = self.checkpoint.kept_tensors("best")
+            self.best_logits = stored.pop("val.logits", self.best_logits)
+            self.best = {key.removeprefix("weights/"): value for key, value in stored.items()}
+        model = model.to(self.device)
+        self.precision = self.group.shared(self._precision(model))
+        self.progress.precision = self.precision.record()
+        model = model.to(memory_format=self.precision.memory_format)
+        self.clock = time.perf_counter()
+        for phase in phases(self.recipe):
+            if phase.name == "head" and self.progress.epoch < phase.first_epoch + phase.epochs - 1:
+                self._train_head(model, phase)
+            elif phase.name == "network" and not self._stopped_early:
+                self._train_network(model, phase)
+        self._account()
+        if self.group.leads:
+            self._finish(model, note)
+        self.group.wait()
+        return plan.run
+
+    # Before the first step ------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Make the run's folder, and clear what a process that was killed has left half written in it."""
+        path = self.plan.run.path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for left in path.glob(".*"):
+                left.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_error(path, error) from error
+        self.recipe.write(path / "recipe.toml")
+
+    def _check_classes(self) -> None:
+        missing = set(range(len(self.plan.dataset.classes))) - set(self.train_pixels.y_true.tolist())
+        if missing:
+            names = ", ".join(one_line(self.plan.dataset.classes[each]) for each in sorted(missing))
+            raise ZooError(f"split 'train' has no readable image of class {names}; import the data again")
+
+    def _pixels(self, split: str) -> Pixels:
+        def on_image(done: int, total: int) -> None:
+            self.on_tick(Tick(self.plan.run.name, f"decoding {split}", done, total))
+
+        return open_pixels(self.plan.dataset, split, self.plan.preprocessing, self.plan.bad_images, on_image)
+
+    def _precision(self, model: nn.Module) -> PrecisionPlan:
+        """Return the plan that an interrupted run began with, else the one asked for or measured."""
+        if self.progress.precision:
+            return begun_plan(self.progress.precision)
+        network = [phase for phase in phases(self.recipe) if phase.name == "network"]
+        if network:
+            names = trained_names(model, self.recipe, network[0], network[0].first_epoch)
+            set_trained(model, names)
+            batch = self.recipe.finetune.batch_size
+            steps = network[0].epochs * -(-len(self.train_pixels) // batch)
+        else:
+            steps = (len(self.train_pixels) + len(self.val_pixels)) // FORWARD_BATCH
+        if not self.group.leads:  # the first one's is taken
+            return self.precision
+        self.on_tick(Tick(self.plan.run.name, "precision", 0, 1))
+        return plan_precision(self.plan, model, self.device, steps, training=bool(network))
+
+    # The head on cached features ------------------------------------------------------------------------------
+
+    def _train_head(self, model: nn.Module, phase: Phase) -> None:
+        """Train the classifier alone; cheap enough to be done again from its start after an interruption."""
+        started = time.perf_counter()
+        self.progress = Progress(parts=self.progress.parts, precision=self.progress.precision)
+        name, classifier = classifier_of(model)
+        self.on_tick(Tick(self.plan.run.name, "features", 0, 1, 0, self.recipe.finetune.epochs))
+        with self.group.first_alone():
+            train, val = (
+                feature_cache.split_features(model, pixels, split, self.plan, self.precision, self.device)
+                for split, pixels in (("train", self.train_pixels), ("val", self.val_pixels))
+            )
+        # A run that finds the features in the cache is charged for what they cost, so that all are alike.
+        charged = max(0.0, train.seconds + val.seconds - (time.perf_counter() - started))
+        self.progress.step_s = train.seconds
+        self.progress.images_seen = len(self.train_pixels)
+        backbone = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+        counts = np.bincount(self.train_pixels.y_true, minlength=len(self.plan.dataset.classes))
+        criterion = make_criterion(self.recipe.loss, counts, torch.device("cpu"))
+        trainer = HeadTrainer(self.recipe, self.plan.seed, phase, name, classifier, train, val, criterion)
+        for row, logits, state in trainer.epochs():
+            self._after_epoch(row, logits, lambda state=state: {**backbone, **state()})  # type: ignore[misc]
+            self._told("head", 1, row)
+            if self._stopped_early:
+                break
+        feature_cache.load_grown(model, self.best)
+        self.progress.train_s += charged
+        self.progress.epoch = phase.first_epoch + phase.epochs - 1
+        if self.recipe.finetune.strategy != "linear-probe":
+            self.progress.stale_epochs = 0
+
+    # The whole network on augmented images ----------------------------------------------------------------------
+
+    def _train_network(self, model: nn.Module, phase: Phase) -> None:
+        batches = self._batches()
+        set_trained(model, None)
+        share_batch_norm(model, self.group)
+        trainer = self._epoch_trainer(model, phase, len(batches))
+        before: object = self
+        try:
+            for epoch in range(max(phase.first_epoch, self.progress.epoch + 1), phase.first_epoch + phase.epochs):
+                names = trained_names(model, self.recipe, phase, epoch)
+                set_trained(model, names)
+                if names != before:
+                    trainer.updater.network = across(compiled(model, self.precision), self.group, self.device)
+                    before = names
+                self._epoch(model, trainer, batches, phase, epoch)
+                if self._stopped_early:
+                    break
+        except KeyboardInterrupt:
+            if trainer.whole and self.progress.updates != self.saved_updates:
+                trainer.save()
+            raise
+        finally:
+            batches.close()
+
+    def _epoch(self, model: nn.Module, trainer: EpochTrainer, batches: TrainBatches, phase: Phase, epoch: int) -> None:
+        size = image_size_of(self.recipe, phase, epoch, self.plan.preprocessing.image_size)
+        row = trainer.epoch(batches, epoch, size)
+        scored = trainer.ema.module if trainer.ema is not None else model
+        logits = self._val_logits(scored)
+        with self.interruption.step():
+            trainer.whole = False
+            self._after_epoch(row, logits, functools.partial(_copy, scored))
+            self._keep_epoch(row["epoch"], scored)
+            trainer.whole = True
+            trainer.save()
+            trainer.saved_at = time.perf_counter()
+        self._told("network", len(batches), row)
+        self.interruption.check()
+
+    def _batches(self) -> TrainBatches:
+        recipe, plan = self.recipe, self.plan
+        augment = make_augment(recipe.policy, recipe.augment.transforms, plan.preprocessing.image_size, plan.seed)
+        return TrainBatches(
+            self.train_pixels,
+            augment,
+            min(recipe.finetune.batch_size, len(self.train_pixels)),
+            plan.seed,
+            choose_workers(recipe.workers, self.device),
+            pin_memory=self.device.type == "cuda",
+            balanced=recipe.finetune.sampler == "balanced",
+            rank=self.group.rank,
+            world=self.group.world,
+        )
+
+    def _epoch_trainer(self, model: nn.Module, phase: Phase, batches: int) -> EpochTrainer:
+        recipe, progress = self.recipe, self.progress
+        optimizer = make_optimizer(model, recipe)
+        updates = -(-batches // recipe.finetune.accumulate)
+        scheduler = make_scheduler(optimizer, recipe, phase.epochs, updates)
+        ema = make_ema(model, recipe.finetune.ema_decay)
+        scaler = self.precision.scaler(self.device)
+        if self.checkpoint is not None:
+            self.checkpoint.restore_optimizer(optimizer)
+            scheduler.step_update(progress.updates)
+            if ema is not None:
+                ema.module.load_state_dict(self.checkpoint.part("ema"))
+            if scaler is not None and self.checkpoint.scaler:
+                scaler.load_state_dict(self.checkpoint.scaler)
+        else:
+            progress.updates = 0
+        updater = Updater(
+            recipe,
+            self.plan.preprocessing,
+            self.plan.seed,
+            self.device,
+            self.precision,
+            self.criterion,
+            model,
+            optimizer,
+            len(self.plan.dataset.classes),
+            self.group,
+            progress.parts,
+            scaler,
+        )
+        return EpochTrainer(
+            updater,
+            progress,
+            scheduler,
+            ema,
+            self.interruption,
+            lambda done, total, row: self.on_tick(self._tick("network", done, total, row)),
+            lambda: self._save(updater, ema),
+            60 * recipe.checkpoint_minutes,
+        )
+
+    def _val_logits(self, model: nn.Module) -> torch.Tensor:
+        """Return the logits of val, which the first process computes for all."""
+        logits = None
+        if self.group.leads:
+            _, logits = feature_cache.forward_pixels(
+                model, self.val_pixels, self.plan.preprocessing, self.precision, self.device
+            )
+        found: torch.Tensor = self.group.shared(logits)
+        return found
+
+    def _keep_epoch(self, epoch: int, model: nn.Module) -> None:
+        """Keep an epoch's weights beside the checkpoint where they will be averaged: the last few."""
+        average = self.recipe.average
+        if average.method == "none" or not self.group.leads:
+            return
+        name = f"average-{epoch:05d}"
+        self.kept[name] = keep_tensors(self.folder, name, _copy(model))
+        for old in sorted(key for key in self.kept if key.startswith("average-"))[: -(average.last_epochs or 2)]:
+            del self.kept[old]
+
+    def _average(self, model: nn.Module) -> list[str]:
+        """Take the average of epochs where val scores it no worse than the best of them; return what is to be said."""
+        method, metric = self.recipe.average.method, self.recipe.finetune.metric
+        names = sorted(key for key in self.kept if key.startswith("average-"))
+        if not names:
+            return []
+        scorer = StateScorer(self.plan, model, self.train_pixels, self.val_pixels, self.precision, self.device)
+        by_epoch = {row["epoch"]: row[f"val_{metric}"] for row in self.progress.history}
+        values = {name: by_epoch[int(name.removeprefix("average-"))] for name in names}
+        loads = {name: functools.partial(load_file, self.folder / self.kept[name].file) for name in names}
+        chosen, value = average_epochs(scorer, method, loads, values, metric)
+        epochs = ", ".join(str(int(name.removeprefix("average-"))) for name in sorted(chosen))
+        best, sign = self.progress.best_value, METRIC_SIGN.get(metric, 1)
+        said = f"{method} of epochs {epochs}: val {metric} {value:.4f}"
+        if best is not None and not (math.isfinite(value) and sign * value >= sign * best):
+            return [f"{said}, worse than epoch {self.progress.best_epoch}'s {best:.4f}, which is kept"]
+        logits = scorer.logits(scorer.state(), averaged=False)
+        self._score({"epoch": self.progress.epoch}, logits)
+        self.best, self.best_logits = scorer.state(), logits
+        return [f"{said}, kept in place of epoch {self.progress.best_epoch}"]
+
+    def _save(self, updater: Updater, ema: Any) -> None:
+        """Write a checkpoint; signals wait for its end."""
+        self._account()
+        self.saved_updates = self.progress.updates
+        if not self.group.leads:
+            return
+        with self.interruption.step():
+            name = f"best-{self.progress.best_epoch:05d}"
+            if self.progress.best_epoch and self.kept.get("best", Kept("", "")).file != f"{name}.safetensors":
+                tensors = {f"weights/{key}": value for key, value in self.best.items()}
+                self.kept["best"] = keep_tensors(self.folder, name, {**tensors, "val.logits": self.best_logits})
+            parts = {"model": updater.model.state_dict()}
+            if ema is not None:
+                parts["ema"] = ema.module.state_dict()
+            scaler = updater.scaler.state_dict() if updater.scaler is not None else None
+            save_checkpoint(
+                self.folder,
+                self.plan.digest,
+                self.progress,
+                parts,
+                updater.optimizer,
+                scaler=scaler,
+                kept=self.kept,
+            )
+            self._write_history()
+
+    def _account(self) -> None:
+        """Add the seconds since the last time to what training took."""
+        now = time.perf_counter()
+        self.progress.train_s += now - self.clock
+        self.clock = now
+
+    # What both phases share -------------------------------------------------------------------------------------
+
+    def _after_epoch(
+        self, row: dict[str, Any], logits: torch.Tensor, weights: Callable[[], dict[str, torch.Tensor]]
+    ) -> None:
+        """Score val, keep the weights where they are the best so far, and add the epoch to the history."""
+        value = self._score(row, logits)
+        progress = self.progress
+        progress.end_epoch(row)
+        sign = METRIC_SIGN.get(self.recipe.finetune.metric, 1)
+        # A metric that val cannot define (AUROC of one class) is no best; the first epoch stands in for it.
+        best = progress.best_value
+        first = progress.best_epoch == 0
+        if first or (math.isfinite(value) and (best is None or sign * value > sign * best)):
+            progress.best_value = value if math.isfinite(value) else None
+            progress.best_epoch, progress.stale_epochs = row["epoch"], 0
+            self.best, self.best_logits = weights(), logits.clone()
+        else:
+            progress.stale_epochs += 1
+
+    def _score(self, row: dict[str, Any], logits: torch.Tensor) -> float:
+        """Add val's loss and scores to an epoch's row, and return the score that chooses the epoch."""
+        labels = torch.from_numpy(self.val_pixels.y_true.copy())
+        loss = float(self.criterion(logits.to(self.device), labels.to(self.device)))
+        if not math.isfinite(loss) or not bool(torch.isfinite(logits).all()):
+            raise NonFiniteLossError(f"the val loss was not finite after epoch {row['epoch']}; {FINITE_FIX}")
+        metric = self.recipe.finetune.metric
+        value = selection_score(metric, logits.numpy(), labels.numpy())
+        top1 = float((logits.argmax(1) == labels).float().mean())
+        row |= {"val_loss": loss, "val_top1": top1, f"val_{metric}": value}
+        return value
+
+    @property
+    def _stopped_early(self) -> bool:
+        patience = self.recipe.finetune.patience
+        return patience is not None and self.progress.stale_epochs >= patience
+
+    def _told(self, phase: str, batches: int, row: dict[str, Any]) -> None:
+        self.on_tick(self._tick(phase, batches, batches, row))
+        self.on_epoch(dict(row))
+
+    def _tick(self, phase: str, done: int, total: int, row: dict[str, Any]) -> Tick:
+        metric = self.recipe.finetune.metric
+        value = row.get(f"val_{metric}")
+        return Tick(
+            self.plan.run.name,
+            phase,
+            done,
+            total,
+            row["epoch"],
+            self.recipe.finetune.epochs,
+            row.get("train_loss"),
+            "" if value is None else f"val {metric} {value:.3f}",
+            row.get("images_per_s"),
+        )
+
+    # The end ----------------------------------------------------------------------------------------------------
+
+    def _finish(self, model: nn.Module, note: str) -> None:
+        """Write weights, history and val's scores, and last the record."""
+        run, progress = self.plan.run, self.progress
+        averaged = self._average(model)
+        save_tensors(run.weights_file, self.best)
+        self._write_history()
+        record = self.plan.record(
+            "finished",
+            params=sum(parameter.numel() for parameter in model.parameters()),
+            params_trained=self._params_trained(model),
+            epochs=progress.history[-1]["epoch"],  # fewer than planned where patience ended the head
+            best_epoch=progress.best_epoch,
+            train_s=round(progress.train_s, 3),
+            images_per_s=round(progress.images_seen / progress.step_s, 2) if progress.step_s > 0 else None,
+            images={"train": len(self.train_pixels), "val": len(self.val_pixels)},
+            images_skipped={
+                split: pixels.skipped
+                for split, pixels in (("train", self.train_pixels), ("val", self.val_pixels))
+                if pixels.skipped
+            },
+            device=device_name(self.device),
+            precision=self.precision.record(),
+            threads=self.threads,
+            processes=self.group.world,
+            versions=versions(),
+            notes=[*([note] if note else []), *self._notes(), *averaged],
+        )
+        write_scores(run, record, self.val_pixels, "val", self.best_logits)
+        run.write_record(record)
+        remove_checkpoints(self.folder)
+
+    def _notes(self) -> list[str]:
+        parts, size = self.progress.parts, self.recipe.finetune.batch_size
+        if parts == 1:
+            return []
+        return [
+            f"a batch of {size} needed more memory than there is: computed in {parts} parts, their gradients added up; "
+            f"the effective batch is still {size}, but batch normalisation saw {-(-size // parts)} images at a time"
+        ]
+
+    def _params_trained(self, model: nn.Module) -> int:
+        if self.recipe.finetune.strategy == "linear-probe":
+            return sum(each.numel() for each in classifier_of(model)[1].parameters())
+        frozen = frozen_names(model, self.recipe.finetune.freeze)
+        return sum(each.numel() for name, each in model.named_parameters() if name not in frozen)
+
+    def _write_history(self) -> None:
+        write_text(self.plan.run.history_file, "".join(f"{to_json(row)}\n" for row in self.progress.history))
+
+
+def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
