@@ -279,7 +279,7 @@ def children(pid: int) -> list[int]:
 
 
 LOADING = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from zoo.data.cache import open_pixels
 from zoo.data.loader import TrainBatches
@@ -288,6 +288,12 @@ from zoo.data.transforms import make_augment
 from zoo.files import home
 from zoo.runs import Preprocessing
 
+def stop(number, frame):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(0))
 here = Preprocessing(image_size=32, crop_pct=1.0, interpolation="bilinear", mean=(.5,) * 3, std=(.5,) * 3)
 pixels = open_pixels(load_dataset("tiny", home(Path(sys.argv[1]))), "train", here)
 batches = TrainBatches(pixels, make_augment("strong", None, 32, 0), 4, 0, 2, False)
@@ -296,7 +302,7 @@ try:
         for _ in batches.epoch(epoch):
             print(epoch, flush=True)
 except KeyboardInterrupt:
-    list(batches.epoch(0, 3))  # the workers are still there
+    list(batches.epoch(0, 3))  # another epoch can be had
     batches.close()
     print("ended", flush=True)
 """
@@ -339,11 +345,21 @@ def test_workers_die_with_a_killed_parent(loading):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
-def test_ctrl_c_is_the_parents_to_answer(loading):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_is_the_parents_to_answer(loading, number):
     process, workers = loading
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=30)
     assert out.splitlines()[-1] == "ended"
+    assert err == "" and process.returncode == 0
+    assert all(gone(worker) for worker in workers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_a_process_that_forgets_to_close_ends_its_workers(loading):
+    process, workers = loading
+    os.kill(process.pid, signal.SIGUSR1)
+    _, err = process.communicate(timeout=30)
     assert err == "" and process.returncode == 0
     assert all(gone(worker) for worker in workers)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -139,9 +140,21 @@ def _start_worker(_: int) -> None:
     import cv2
 
     # A signal to the whole process group is the parent's to answer: it saves its state, then ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def _end_workers(held: list[Any]) -> None:
+    # Not left to the collector: the traceback of an error may hold the loader for long.
+    while held:
+        source = held.pop()
+        source._shutdown_workers()
+        for worker in source._workers:
+            if worker.is_alive():  # it does not listen to a SIGTERM
+                worker.kill()
+                worker.join()
 
 
 class TrainBatches:
@@ -172,6 +185,8 @@ class TrainBatches:
         self._batches = _Batches(pixels, augment, threads)
         self._workers, self._pin_memory, self._closed = workers, pin_memory, False
         self._loader: DataLoader[Any] | None = None
+        self._held: list[Any] = []  # torch's own iterator over the workers
+        weakref.finalize(self, _end_workers, self._held)
 
     def __len__(self) -> int:
         return self._count
@@ -211,7 +226,9 @@ class TrainBatches:
                 persistent_workers=True,
                 generator=torch.Generator(),  # else it draws from the training's own random state
             )
-        return iter(self._loader)
+        source = iter(self._loader)
+        self._held[:] = [source]
+        return source
 
     def _load(self, key: tuple[int, Places]) -> Batch | ZooError:
         batch = self._batches[key]
@@ -225,7 +242,7 @@ class TrainBatches:
             return question(*about)
         except BaseException as error:
             # Ctrl-C may come between any two lines of torch's loader, which then waits for ever for what it lost.
-            self._end_workers()
+            self._let_go()
             if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
                 said = one_line(error, 160)
                 raise ZooError(f"a loading process died ({said}); load with fewer: --set workers=0") from error
@@ -236,18 +253,15 @@ class TrainBatches:
             self._running.close()  # type: ignore[attr-defined]
         self._running = None
 
-    def _end_workers(self) -> None:
-        # Not left to the collector: the traceback of an error may hold the loader for long.
-        source = getattr(self._loader, "_iterator", None)
+    def _let_go(self) -> None:
         self._loader = None
-        if source is not None:
-            source._shutdown_workers()
+        _end_workers(self._held)
 
     def close(self) -> None:
         """End the workers and threads; no epoch can be had afterwards."""
         self._closed = True
         self._stop()
-        self._end_workers()
+        self._let_go()
         self._batches.close()
 
 
