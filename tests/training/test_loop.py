@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import FULL
 from safetensors.torch import load_file
 
 from zoo.data.cache import open_pixels
@@ -16,7 +17,7 @@ from zoo.errors import Interrupted, ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions, read_predictions
 from zoo.files import read_toml, sha256_file
-from zoo.recipe import Recipe, load_recipe
+from zoo.recipe import Recipe, load_recipe, parse_recipe
 from zoo.runs import Run, find_run, list_runs, run_lock
 from zoo.training.checkpoint import load_checkpoint
 from zoo.training.features import forward_pixels
@@ -310,7 +311,8 @@ def test_another_process_may_finish_first(tiny, make_recipe, monkeypatch):
 
 def test_two_classes_and_one_image_a_batch(root, make_recipe, image_folder):
     import_dataset(image_folder, "one", root)
-    run = train(make_recipe(batch_size=1000, epochs=1), "one", 0, root)
+    whole = parse_recipe({"model": FULL["model"], "finetune": {"epochs": 1}}, "whole")
+    run = train(whole, "one", 0, root)  # 32 images a batch are more than there are, and were not asked for
     assert run.record.epochs == 1
     assert find_run(run.name, root) == run
 
@@ -322,3 +324,156 @@ def test_a_metric_that_val_cannot_define_keeps_the_first_epoch_only_until_one_is
     monkeypatch.setattr("zoo.training.trainer.selection_score", lambda *_: next(values))
     run = train(make_recipe("undefined", epochs=3), "tiny", 0, tiny)
     assert run.record.best_epoch == 2
+
+
+def test_a_network_that_runs_out_of_memory_image_by_image_says_so(tiny, make_recipe):
+    from torch import nn
+
+    from zoo.models.registry import register_model
+    from zoo.models.spec import own_models
+
+    seen = []
+
+    class Hungry(nn.Module):
+        def __init__(self, num_classes: int) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, num_classes)
+
+        def forward(self, images):
+            if images.device.type != "meta" and self.training:
+                seen.append(len(images))
+                if len(images) > most:
+                    raise MemoryError("no room")
+            return self.head(images.mean((2, 3)))
+
+    register_model("hungry_net")(Hungry)
+    try:
+        most = 0
+        with pytest.raises(ZooError, match=r"out of memory even with one image at a time \(no room\)"):
+            train(make_recipe("none", model__name="hungry_net"), "tiny", 0, tiny)
+        assert seen == [6, 3, 2, 1]
+        most = 6
+        whole = train(make_recipe("whole", model__name="hungry_net"), "tiny", 0, tiny)
+        most, phases = 2, []
+        parts = train(
+            make_recipe("parts", model__name="hungry_net"),
+            "tiny",
+            0,
+            tiny,
+            on_tick=lambda tick: phases.append(tick.phase),
+        )
+    finally:
+        del own_models["hungry_net"]
+    assert "out of memory: batches in 4 parts" in phases
+    assert whole.record.notes == []
+    assert "a batch of 6 needed more memory than there is: computed in 4 parts" in parts.record.notes[0]
+    ours, theirs = load_file(parts.weights_file), load_file(whole.weights_file)
+    for key, value in theirs.items():  # the gradients of the parts are those of the whole
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"ema_decay": 0.9, "mixup": 0.3, "cutmix": 0.3, "drop_rate": 0.2, "clip_grad": 1.0, "optimizer__name": "lamb"},
+        {"accumulate": 2, "workers": 2, "sampler": "balanced", "image_sizes": [24, 32]},
+        {"strategy": "lp-ft", "head_epochs": 1, "freeze": ["stem"], "loss__name": "focal"},
+        {"strategy": "gradual", "head_epochs": 1, "precision": "bf16-nchw"},
+        {"precision": "fp16"},
+    ],
+)
+def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_with_the_same_bits(tiny, make_recipe, more):
+    recipes = {
+        name: make_recipe(name, epochs=3, batch_size=4, checkpoint_minutes=minutes, **more)
+        for name, minutes in (("whole", 5.0), ("broken", 0.0))
+    }
+    whole = train(recipes["whole"], "tiny", 0, tiny)
+    plan = make_plan(recipes["broken"], "tiny", 0, tiny)
+    network = []
+    for stop in (1, 2, 4, 5, 6, 8, 9):
+
+        def tick(tick, stop=stop):
+            if tick.phase == "network":
+                network.append((tick.epoch, tick.done))
+                if len(set(network)) == stop:
+                    raise KeyboardInterrupt
+
+        try:
+            train(recipes["broken"], "tiny", 0, tiny, on_tick=tick)
+            break
+        except Interrupted:
+            found = load_checkpoint(plan.run.path / "checkpoint", plan.digest)
+            assert (found.progress.epoch + 1, found.progress.step) == network[-1] or found.progress.step == 0
+    else:
+        train(recipes["broken"], "tiny", 0, tiny)
+    assert len(set(network)) >= 5, "it was never stopped within an epoch"
+    broken = plan.run
+    assert bits(broken) == bits(whole)
+    assert broken.predictions_file("val").read_bytes() == whole.predictions_file("val").read_bytes()
+    rows = [[{**row, "images_per_s": 0} for row in run.history()] for run in (whole, broken)]
+    assert rows[0] == rows[1]
+    assert {each.name for each in broken.path.iterdir()} == LEFT
+
+
+def test_accumulated_batches_are_one_large_batch(tiny, make_recipe):
+    """Without batch normalisation, which sees each batch alone, the weights are the same up to rounding."""
+    common = {"model__name": "test_vit", "model__image_size": 160, "epochs": 1, "loss__class_weights": "balanced"}
+    one = train(make_recipe("one", batch_size=18, **common), "tiny", 0, tiny)
+    two = train(make_recipe("two", batch_size=5, accumulate=3, **common), "tiny", 0, tiny)
+    assert two.history()[0]["train_loss"] == pytest.approx(one.history()[0]["train_loss"], rel=0.2)
+    common["policy"], common["optimizer__name"] = "none", "sgd"
+    whole = train(make_recipe("whole", batch_size=18, **common), "tiny", 0, tiny)
+    parts = train(make_recipe("parts", batch_size=6, accumulate=3, **common), "tiny", 0, tiny)
+    assert parts.history()[0]["train_loss"] == pytest.approx(whole.history()[0]["train_loss"], rel=1e-5)
+    ours, theirs = load_file(parts.weights_file), load_file(whole.weights_file)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_stages_stay_as_they_were(trained, make_recipe):
+    source = next(run for run in list_runs(trained) if "--tiny--s0" in run.name)
+    recipe = make_recipe("frozen", weights=source.name, image_size=32, epochs=2, freeze=["stem", "stages.0"])
+    run = train(recipe, "tiny", 0, trained)
+    before, after = load_file(source.weights_file), load_file(run.weights_file)
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    assert same == {key for key in before if key.startswith(("stem.", "stages.0."))}  # batch statistics too
+    assert 0 < run.record.params_trained < run.record.params
+
+
+def test_each_epoch_is_told_of_and_may_end_the_run(tiny, make_recipe):
+    from zoo.training.loop import StopRun
+
+    rows = []
+    run = train(make_recipe(epochs=3), "tiny", 0, tiny, on_epoch=rows.append)
+    assert rows == run.history()
+
+    def stop(row):
+        if row["epoch"] == 2:
+            raise StopRun
+
+    plan = make_plan(make_recipe("stopped", epochs=3), "tiny", 0, tiny)
+    with pytest.raises(StopRun):
+        train(make_recipe("stopped", epochs=3), "tiny", 0, tiny, on_epoch=stop)
+    assert not (plan.run.path / "run.json").exists()
+    assert load_checkpoint(plan.run.path / "checkpoint", plan.digest).progress.epoch == 2
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_before_work(tiny, make_recipe):
+    import shutil
+
+    recipe = make_recipe(epochs=3)
+    plan = make_plan(recipe, "tiny", 0, tiny)
+    with pytest.raises(Interrupted):
+        train(recipe, "tiny", 0, tiny, on_tick=interrupt_at(2))
+    other = make_plan(recipe, "tiny", 1, tiny)
+    shutil.copytree(plan.run.path / "checkpoint", other.run.path / "checkpoint")
+    with pytest.raises(
+        ZooError, match=r"holds the checkpoint of another run .*: of another recipe, split or seed; move"
+    ):
+        train(recipe, "tiny", 1, tiny, on_tick=lambda _: pytest.fail("work was begun"))
+    (tensors,) = (plan.run.path / "checkpoint").glob("epoch-*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    with pytest.raises(ZooError, match=r"no checkpoint in '.*' is whole \(epoch-.*ValueError\); move the folder away"):
+        train(recipe, "tiny", 0, tiny, on_tick=lambda _: pytest.fail("work was begun"))
+    assert tensors.is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -32,7 +33,8 @@ def train(
 
     bad_images = check_bad_images(bad_images)
     loaded = load_recipe(recipe, assignments(set_))
-    with bars(quiet=json) as shown:
+    follows = os.environ.get("RANK", "0") != "0"  # of several processes that torchrun started the first one speaks
+    with bars(quiet=json or follows) as shown:
         run = train_recipe(
             loaded,
             data,
@@ -42,6 +44,8 @@ def train(
             accept_leaks=accept_leaks,
             on_tick=shown.tick,
         )
+    if follows:
+        return
     record, metrics = run.record, run.metrics("val")
     if json:
         print_json(

@@ -9,7 +9,7 @@ import typer
 from zoo.cli.screen import AcceptLeaksOption, BadImagesOption, HomeOption, JsonOption, OfflineOption, SetOption
 
 if TYPE_CHECKING:
-    from zoo.benchmark.suite import OnStep
+    from zoo.benchmark.executors import OnStep
     from zoo.benchmark.tuned import Tuned
     from zoo.cli.screen import Bars
     from zoo.recipe import Recipe
@@ -74,7 +74,6 @@ def _lines(shown: Bars) -> OnStep:
     """Return what prints a line for each trial that ended; its bar goes, so that many trials do not fill the screen."""
 
     def step(each: Any) -> None:
-        shown.prefix = ""
         if each.state == "begins" or shown.quiet:
             return
         task = shown.tasks.pop(each.run, None)

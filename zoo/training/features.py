@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -14,34 +17,69 @@ from zoo.data.cache import Pixels
 from zoo.data.loader import fixed_batches
 from zoo.data.transforms import normalise_tensor
 from zoo.errors import ZooError
-from zoo.files import atomic_writer, digest_of
+from zoo.files import digest_of
 from zoo.models.registry import classifier_of
-from zoo.runs import Preprocessing
+from zoo.runs import Preprocessing, RunRecord
+from zoo.training.environment import device_name
 from zoo.training.plan import Plan
-from zoo.training.precision import PrecisionPlan
+from zoo.training.precision import PrecisionPlan, recorded_plan
+from zoo.training.stored import Stored, read_stored, store_once
 
 FORWARD_BATCH = 64
+FEATURES_VERSION = 2
+
+OnBatch = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Features:
     """What reaches the classifier for each image of a split, and what computing it cost.
 
-    values: (N, ...) float32. y_true: (N,) int64. seconds: of the forward pass that computed them.
+    values: (N, ...) float32. y_true: (N,) int64. seconds: of the forward pass that computed them. whole: whether the
+    classifier's outputs are the network's logits, as was seen when they were computed.
     """
 
     values: torch.Tensor
     y_true: torch.Tensor
     seconds: float
+    whole: bool
 
 
 def forward_pixels(
-    model: nn.Module, pixels: Pixels, preprocessing: Preprocessing, plan: PrecisionPlan, device: torch.device
+    model: nn.Module,
+    pixels: Pixels,
+    preprocessing: Preprocessing,
+    plan: PrecisionPlan,
+    device: torch.device,
+    on_batch: OnBatch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (features, logits) of a split, float32 on the CPU, in manifest order.
 
-    Features are the input of the final classifier, caught on its way in.
+    Features are the input of the final classifier, caught on its way in; empty where there is none. on_batch is
+    called after every batch with the images done and in all; what it raises ends the pass.
     """
+    caught: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
+
+    def take(features: torch.Tensor | None, own: torch.Tensor) -> None:
+        logits.append(own)
+        if features is not None:
+            caught.append(features)
+
+    _each_batch(model, pixels, preprocessing, plan, device, take, on_batch)
+    return (torch.cat(caught) if caught else torch.empty(len(pixels), 0)), torch.cat(logits)
+
+
+def _each_batch(
+    model: nn.Module,
+    pixels: Pixels,
+    preprocessing: Preprocessing,
+    plan: PrecisionPlan,
+    device: torch.device,
+    take: Callable[[torch.Tensor | None, torch.Tensor], None],
+    on_batch: OnBatch | None,
+) -> None:
+    """Hand the features and logits of every batch to `take`, float32 on the CPU."""
     caught: list[torch.Tensor] = []
     hook = None
     try:
@@ -49,62 +87,211 @@ def forward_pixels(
         hook = classifier.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].detach().float().cpu()))
     except ZooError:
         pass  # a network without one final classifier can still be scored
-    logits = []
     model.eval()
+    done = 0
     try:
         with torch.inference_mode(), plan.autocast(device):
             for batch in fixed_batches(pixels, preprocessing.image_size, FORWARD_BATCH):
                 images = normalise_tensor(torch.from_numpy(batch).to(device), preprocessing)
-                logits.append(model(plan.place(images)).float().cpu())
+                logits = model(plan.place(images)).float().cpu()
+                # A classifier that is used twice, or not on whole batches, has no features of its own.
+                fits = len(caught) == 1 and len(caught[0]) == len(batch)
+                take(caught[0] if fits else None, logits)
+                caught.clear()
+                done += len(batch)
+                if on_batch is not None:
+                    on_batch(done, len(pixels))
     finally:
         if hook is not None:
             hook.remove()
-    return (torch.cat(caught) if caught else torch.empty(len(pixels), 0)), torch.cat(logits)
+
+
+# Features on disk ---------------------------------------------------------------------------------------------------
 
 
 def split_features(
-    model: nn.Module, pixels: Pixels, split: str, plan: Plan, precision: PrecisionPlan, device: torch.device
+    model: nn.Module,
+    pixels: Pixels,
+    split: str,
+    plan: Plan | RunRecord,
+    precision: PrecisionPlan,
+    device: torch.device,
+    on_batch: OnBatch | None = None,
 ) -> Features:
-    """Return a split's features from the cache beside the dataset, computing them once.
+    """Return a split's features from the cache beside the dataset's pixels, computing them once.
 
-    Features of random weights differ for each seed and are not kept on disk.
+    They are found by the digest of the backbone's own tensors, so that all seeds, recipes and runs with that backbone
+    share them, and none other can take them. Those of random weights differ for each seed and are not kept. on_batch:
+    as for `forward_pixels`, and called too while another process computes the same features.
+    Raises ZooError for a network without one final classifier.
     """
-    key = digest_of(
-        [
-            plan.dataset.split_digest,
-            split,
-            pixels.skipped,
-            plan.spec.name,
-            plan.network,
-            plan.recipe.model.options,
-            plan.weights.sha256 if plan.weights else None,
-            plan.preprocessing.identity,
-            precision.facts(),
-        ]
-    )
-    file = plan.dataset.folder / ".cache" / f"features-{split}-{key[:16]}.npz"
+    name, _ = classifier_of(model)
     y_true = torch.from_numpy(pixels.y_true.copy())
-    stored = _read(file, len(pixels)) if plan.weights is not None else None
-    if stored is not None:
-        return Features(stored[0], y_true, stored[1])
-    started = time.perf_counter()
-    values, _ = forward_pixels(model, pixels, plan.preprocessing, precision, device)
-    seconds = time.perf_counter() - started
-    if plan.weights is not None:
-        with atomic_writer(file) as stream:
-            np.savez(stream, values=values.numpy(), seconds=np.float64(seconds))
-    return Features(values, y_true, seconds)
+
+    def compute(add: Callable[[torch.Tensor], None]) -> dict[str, Any]:
+        started = time.perf_counter()
+        whole = _features_of(model, pixels, _facts(plan)["preprocessing"], precision, device, add, on_batch)
+        return {"whole": whole, "seconds": time.perf_counter() - started}
+
+    if not are_kept(plan):
+        caught: list[torch.Tensor] = []
+        facts = compute(caught.append)
+        return Features(torch.cat(caught), y_true, facts["seconds"], facts["whole"])
+    backbone = backbone_digest(model.state_dict(), name)
+    file = pixels.file.parent / array_name("features", split, backbone, pixels, plan, precision, device)
+    tell = on_batch or (lambda done, total: None)
+    return _from(store_once(file, len(pixels), compute, lambda: tell(0, len(pixels))), y_true)
 
 
-def _read(file: Any, count: int) -> tuple[torch.Tensor, float] | None:
-    import zipfile
+def kept_features(
+    state: dict[str, torch.Tensor],
+    head: str,
+    pixels: Pixels,
+    split: str,
+    record: RunRecord,
+    precision: PrecisionPlan,
+    device: torch.device,
+) -> Features | None:
+    """Return the features of a run's own weights where the cache has them whole, else None; computes nothing.
 
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            values, seconds = stored["values"], float(stored["seconds"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    state: the run's weights. head: the classifier's name in it.
+    """
+    if not are_kept(record):
         return None
-    return (torch.from_numpy(values), seconds) if len(values) == count else None
+    name = array_name("features", split, backbone_digest(state, head), pixels, record, precision, device)
+    stored = read_stored(pixels.file.parent / name, len(pixels))
+    return None if stored is None else _from(stored, torch.from_numpy(pixels.y_true.copy()))
+
+
+def _from(stored: Stored, y_true: torch.Tensor) -> Features:
+    return Features(stored.values, y_true, stored.facts["seconds"], stored.facts["whole"])
+
+
+def are_kept(plan: Plan | RunRecord) -> bool:
+    """Return whether features are kept on disk: of a backbone from a file, as it was before any training of its own."""
+    if isinstance(plan, RunRecord):
+        return plan.strategy == "linear-probe" and plan.weights.get("sha256") is not None
+    return plan.weights is not None
+
+
+def _facts(plan: Plan | RunRecord) -> dict[str, Any]:
+    if isinstance(plan, RunRecord):
+        split_digest, model, options = plan.split_digest, plan.model, plan.model_options
+    else:
+        split_digest, model, options = plan.dataset.split_digest, plan.spec.name, plan.recipe.model.options
+    return {
+        "split_digest": split_digest,
+        "model": model,
+        "options": options,
+        "network": plan.network,
+        "preprocessing": plan.preprocessing,
+    }
+
+
+def array_name(
+    kind: str,
+    split: str,
+    weights: str,
+    pixels: Pixels,
+    plan: Plan | RunRecord,
+    precision: PrecisionPlan,
+    device: torch.device,
+) -> str:
+    """Return the name of a file of what a network makes of a split: its digest holds all that moves the last bit.
+
+    weights: the digest of the tensors that have a part in it.
+    """
+    facts = _facts(plan)
+    facts["preprocessing"] = facts["preprocessing"].identity
+    # Other chips, numbers of threads and versions of torch round otherwise.
+    made_with = [device_name(device), torch.backends.cpu.get_cpu_capability(), torch.__version__, version("timm")]
+    key = digest_of(
+        [FEATURES_VERSION, facts, split, pixels.skipped, weights, recorded_plan(precision.facts()).facts(), made_with]
+    )
+    return f"{kind}-{split}-{key[:16]}.npy"
+
+
+def backbone_digest(state: dict[str, torch.Tensor], head: str) -> str:
+    """Return the digest of all tensors of a state dict but the classifier's."""
+    return digest_tensors({key: value for key, value in state.items() if not key.startswith(f"{head}.")})
+
+
+def digest_tensors(state: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of tensors by name, type, shape and content."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{key} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _features_of(
+    model: nn.Module,
+    pixels: Pixels,
+    preprocessing: Preprocessing,
+    precision: PrecisionPlan,
+    device: torch.device,
+    add: Callable[[torch.Tensor], None],
+    on_batch: OnBatch | None,
+) -> bool:
+    """Hand over the features of every batch; return whether the classifier's outputs were the logits in all of them.
+
+    A fresh classifier is zero, which would prove nothing: it is random while the pass goes on.
+    """
+    _, classifier = classifier_of(model)
+    tolerance = 1e-4 if precision.dtype == "float32" else 2e-2
+    whole = True
+
+    def take(features: torch.Tensor | None, logits: torch.Tensor) -> None:
+        nonlocal whole
+        if features is None:
+            raise ZooError(
+                f"{type(model).__name__} uses its classifier more than once for an image, so that no head can be "
+                "trained on its input; use finetune.strategy = 'full', or choose another model"
+            )
+        own = classifier(features.to(device)).float().cpu()
+        whole = whole and own.shape == logits.shape
+        whole = whole and float((own - logits).abs().max()) <= tolerance * float(logits.abs().max())
+        add(features)
+
+    with _random_head(classifier):
+        _each_batch(model, pixels, preprocessing, precision, device, take, on_batch)
+    return whole
+
+
+@contextmanager
+def _random_head(classifier: nn.Module) -> Iterator[None]:
+    """Give a classifier random weights, always the same, and its own back in the end."""
+    generator = torch.Generator().manual_seed(0)
+    own = [(parameter, parameter.detach().clone()) for parameter in classifier.parameters()]
+    try:
+        with torch.no_grad():
+            for parameter, value in own:
+                parameter.copy_(torch.randn(value.shape, generator=generator))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in own:
+                parameter.copy_(value)
+
+
+def head_logits(
+    classifier: nn.Module, features: Features, precision: PrecisionPlan, device: torch.device
+) -> torch.Tensor:
+    """Return the logits (N, classes) that a whole network with this classifier gives, float32 on the CPU.
+
+    Batches and number format are those of `forward_pixels`, so that the bits are too. features must be `whole`.
+    """
+    if not features.whole:
+        raise ValueError("these features do not give the network's logits; use forward_pixels")
+    classifier.eval()
+    with torch.inference_mode(), precision.autocast(device):
+        parts = [classifier(part.to(device)).float().cpu() for part in torch.split(features.values, FORWARD_BATCH)]
+    return torch.cat(parts)
+
+
+# The head -----------------------------------------------------------------------------------------------------------
 
 
 class StandardisedHead(nn.Module):

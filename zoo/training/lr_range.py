@@ -127,7 +127,7 @@ class _Test:
         self.tick(Tick(self.plan.run.name, "features", 0, 1))
         features = feature_cache.split_features(model, self.pixels, "train", self.plan, self.precision, self.device)
         criterion = make_criterion(self.recipe.loss, self.counts, torch.device("cpu"))
-        few = feature_cache.Features(features.values[:1], features.y_true[:1], 0.0)  # val plays no part here
+        few = feature_cache.Features(features.values[:1], features.y_true[:1], 0.0, True)  # val plays no part here
         return HeadTrainer(self.recipe, self.plan.seed, phase, name, classifier, features, few, criterion)
 
     def _head(self, head: HeadTrainer) -> LrRange:

@@ -11,15 +11,25 @@ from torch import nn
 
 from zoo.data.cache import ImageProgress, Pixels, open_pixels
 from zoo.data.manifest import load_dataset
+from zoo.data.transforms import normalise_tensor
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.ledger import record_look
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
 from zoo.files import Home, home, write_json
-from zoo.models.registry import create_model, find_model, own_network_digest
+from zoo.models.registry import classifier_of, create_model, find_model, own_network_digest
 from zoo.runs import SPLITS, Run, RunRecord, find_run
-from zoo.training.features import forward_pixels, load_grown
-from zoo.training.precision import PrecisionPlan, choose_device, set_threads
+from zoo.training.features import (
+    FORWARD_BATCH,
+    are_kept,
+    forward_pixels,
+    head_logits,
+    kept_features,
+    load_grown,
+    split_features,
+)
+from zoo.training.precision import PrecisionPlan, choose_device, recorded_plan, set_threads
+from zoo.training.views import logits_of_views
 
 
 def load_model(run: Run | str, root: Home | None = None, device: str = "cpu") -> nn.Module:
@@ -30,23 +40,13 @@ def load_model(run: Run | str, root: Home | None = None, device: str = "cpu") ->
     """
     run = find_run(run, root) if isinstance(run, str) else run
     record = finished_record(run)
-    assert record.preprocessing is not None
-    spec = find_model(record.model)
-    model = create_model(
-        spec,
-        len(record.classes),
-        image_size=record.preprocessing.image_size,
-        options=dict(record.model_options),
-    )
+    spec, model = find_model(record.model), _build(record)
     if record.network is not None and own_network_digest(spec, model) != record.network:
         raise ZooError(
             f"the network registered as {record.model!r} is no longer the one that run {run.name!r} trained; register "
             "that code again, or train anew"
         )
-    try:
-        state = load_file(run.weights_file)
-    except (OSError, SafetensorError) as error:
-        raise ZooError(f"the weights of run {run.name!r} cannot be read: {one_line(error)}; train it again") from error
+    state = _weights_of(run)
     try:
         load_grown(model, state)
     except RuntimeError as error:
@@ -56,12 +56,39 @@ def load_model(run: Run | str, root: Home | None = None, device: str = "cpu") ->
     return model.eval().to(choose_device(device)).to(memory_format=torch.channels_last)
 
 
+def _build(record: RunRecord) -> nn.Module:
+    assert record.preprocessing is not None
+    return create_model(
+        find_model(record.model),
+        len(record.classes),
+        image_size=record.preprocessing.image_size,
+        options=dict(record.model_options),
+    )
+
+
+def _weights_of(run: Run) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(run.weights_file)
+    except (OSError, SafetensorError) as error:
+        raise ZooError(f"the weights of run {run.name!r} cannot be read: {one_line(error)}; train it again") from error
+
+
 def finished_record(run: Run) -> RunRecord:
     """Return a run's record; raises ZooError where it did not finish."""
     record = run.record
     if record.status != "finished" or record.preprocessing is None:
         raise ZooError(f"run {run.name!r} did not finish: {record.reason}; train it again")
     return record
+
+
+def write_scores(run: Run, record: RunRecord, pixels: Pixels, split: str, logits: torch.Tensor) -> dict[str, Any]:
+    """Write the predictions and metrics of a split from its logits (N, classes), and return the metrics."""
+    predictions = Predictions(pixels.sample_ids, pixels.groups, pixels.y_true, logits.float().cpu().numpy())
+    metrics = compute_metrics(predictions, record.classes, record.negative_class)
+    metrics["images_skipped"] = pixels.skipped
+    write_predictions(run.predictions_file(split), predictions)
+    write_json(run.metrics_file(split), {"run": run.name, "split": split, **metrics})
+    return metrics
 
 
 def score_split(
@@ -73,20 +100,75 @@ def score_split(
     precision: PrecisionPlan,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Write the predictions and metrics of a split, and return the metrics."""
-    assert record.preprocessing is not None
-    _, logits = forward_pixels(model, pixels, record.preprocessing, precision, device)
+    """Write the predictions and metrics of a split, and return the metrics.
+
+    A linear probe is scored by its classifier on the backbone's features, which all runs with that backbone share.
+    """
+    logits = _split_logits(record, model, pixels, split, precision, device)
     return write_scores(run, record, pixels, split, logits)
 
 
-def write_scores(run: Run, record: RunRecord, pixels: Pixels, split: str, logits: torch.Tensor) -> dict[str, Any]:
-    """Write the predictions and metrics that logits (N, C) of a split give, and return the metrics."""
-    predictions = Predictions(pixels.sample_ids, pixels.groups, pixels.y_true, logits.numpy())
-    metrics = compute_metrics(predictions, record.classes, record.negative_class)
-    metrics["images_skipped"] = pixels.skipped
-    write_predictions(run.predictions_file(split), predictions)
-    write_json(run.metrics_file(split), {"run": run.name, "split": split, **metrics})
-    return metrics
+def _split_logits(
+    record: RunRecord,
+    model: nn.Module,
+    pixels: Pixels,
+    split: str,
+    precision: PrecisionPlan,
+    device: torch.device,
+) -> torch.Tensor:
+    assert record.preprocessing is not None
+    if record.tta != "none":
+        return _views_logits(record, model, pixels, precision, device)
+    if are_kept(record):
+        features = split_features(model, pixels, split, record, precision, device)
+        if features.whole:
+            return head_logits(classifier_of(model)[1], features, precision, device)
+    return forward_pixels(model, pixels, record.preprocessing, precision, device)[1]
+
+
+def _views_logits(
+    record: RunRecord, model: nn.Module, pixels: Pixels, precision: PrecisionPlan, device: torch.device
+) -> torch.Tensor:
+    """Return a split's logits over several views of each image (`zoo.training.views`)."""
+    assert record.preprocessing is not None
+    preprocessing, found = record.preprocessing, []
+
+    def forward(batch: Any) -> torch.Tensor:
+        images = normalise_tensor(torch.from_numpy(batch).to(device), preprocessing)
+        logits: torch.Tensor = model(precision.place(images)).float().cpu()
+        return logits
+
+    model.eval()
+    with torch.inference_mode(), precision.autocast(device):
+        for start in range(0, len(pixels), FORWARD_BATCH):
+            images = [pixels[place] for place in range(start, min(start + FORWARD_BATCH, len(pixels)))]
+            found.append(logits_of_views(images, preprocessing, record.tta, forward))
+    return torch.cat(found)
+
+
+def _kept_logits(
+    run: Run, record: RunRecord, pixels: Pixels, split: str, precision: PrecisionPlan, device: torch.device
+) -> torch.Tensor | None:
+    """Return a linear probe's logits from features on disk, without its backbone in memory; None where that fails."""
+    spec = find_model(record.model)
+    if not are_kept(record) or spec.origin == "own" or record.tta != "none":
+        return None
+    assert record.preprocessing is not None
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        shell = _build(record)
+    head, classifier = classifier_of(shell)
+    state = _weights_of(run)
+    own = {key: value for key, value in state.items() if key.startswith(f"{head}.")}
+    computed = [name for name, _ in classifier.named_buffers() if f"{head}.{name}" not in own]
+    features = kept_features(state, head, pixels, split, record, precision, device)
+    if features is None or not features.whole or computed or set(shell.state_dict()) - set(state):
+        return None
+    holder = nn.ModuleDict({"head": classifier.to_empty(device="cpu")})
+    try:
+        load_grown(holder, {f"head.{key.removeprefix(f'{head}.')}": value for key, value in own.items()})
+    except RuntimeError:
+        return None  # `load_model` says what does not fit
+    return head_logits(holder["head"].to(device), features, precision, device)
 
 
 def evaluate(
@@ -119,12 +201,17 @@ def evaluate(
     set_threads()
     device = _device_of(record)
     # The number format is the run's own, so that what is scored is what was selected.
-    plan = PrecisionPlan(record.precision.get("dtype", "float32"), channels_last=True)
-    model = load_model(run, root, device.type)
+    plan = recorded_plan(record.precision)
     pixels = open_pixels(dataset, split, record.preprocessing, bad_images or record.bad_images, progress)
+    logits = _kept_logits(run, record, pixels, split, plan, device)
+    model = load_model(run, root, device.type) if logits is None else None
     if split == "test":
         record_look(root or home(), record)
-    score_split(run, record, model, pixels, split, plan, device)
+    if model is not None:
+        model = model.to(memory_format=plan.memory_format)
+        logits = _split_logits(record, model, pixels, split, plan, device)
+    assert logits is not None
+    write_scores(run, record, pixels, split, logits)
     return run.metrics(split)
 
 
