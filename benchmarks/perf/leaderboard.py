@@ -5,7 +5,8 @@ JPEGs) and weights are made from a seed in a folder of their own, and nothing is
 as pretrained ones do, so that what is kept on disk for those is kept here. `ratio` is the seconds of the whole
 benchmark, from the plan to the figures, over the sum of the bare forward passes: each network once over the images of
 train, val and test, as tensors in memory, in batches of 64 and in the same number format, in the mean of a pass before
-and a pass after the benchmark. Importing the images is told, but is no part of either.
+and a pass after the benchmark. Importing the images is told, but is no part of either. `cpu_ratio` is the same of the
+seconds that this process had a core to itself: what the ratio would be on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -86,26 +87,33 @@ class Forward:
     def __init__(self, model: str) -> None:
         from zoo import load_recipe
         from zoo.training.plan import make_plan
-        from zoo.training.precision import choose_device, choose_plan
+        from zoo.training.precision import choose_device
 
         self.name = model
         self.plan = make_plan(load_recipe(f"{model}-lp"), "photos")
         self.device = choose_device(self.plan.recipe.device)
-        self.precision = choose_plan(self.plan.recipe.precision, self.device)
         self.seconds: list[float] = []
+        self.cpu: list[float] = []
         self.images = 0
 
     def __call__(self) -> None:
         """Time the forward passes alone: reading, cropping and scaling of a batch stand outside of the clock."""
-        net = self.plan.model()[0].eval().to(self.device).to(memory_format=self.precision.memory_format)
-        seconds, self.images = 0.0, 0
+        from zoo.training.speed import FORWARD_BATCH, plan_precision
+
+        net = self.plan.model()[0].eval().to(self.device)
+        steps = sum(len(self.plan.dataset.of_split(split)) for split in ("train", "val")) // FORWARD_BATCH
+        self.precision = plan_precision(self.plan, net, self.device, steps, training=False)  # as the probes choose it
+        net = net.to(memory_format=self.precision.memory_format)
+        seconds, cpu, self.images = 0.0, 0.0, 0
         with torch.inference_mode(), self.precision.autocast(self.device):
             for batch in self._batches():
-                started = time.perf_counter()
+                started, used = time.perf_counter(), time.process_time()
                 net(batch).float().cpu()
                 seconds += time.perf_counter() - started
+                cpu += time.process_time() - used
                 self.images += len(batch)
         self.seconds.append(seconds)
+        self.cpu.append(cpu)
 
     def _batches(self) -> Iterator[torch.Tensor]:
         from zoo.data.cache import open_pixels
@@ -122,9 +130,9 @@ class Forward:
 @contextmanager
 def clocks(parts: dict[str, float]) -> Iterator[None]:
     """Let the functions that a benchmark spends its time in add their seconds to parts; a part may hold another."""
-    from zoo.benchmark import results, suite
+    from zoo.benchmark import suite
     from zoo.data import cache
-    from zoo.training import features, loop, scoring
+    from zoo.training import features, trainer
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -143,14 +151,13 @@ def clocks(parts: dict[str, float]) -> Iterator[None]:
         ("floors_s", suite, "dataset_floors"),
         ("compare_s", suite, "make_comparison"),
         ("write_s", suite, "write_results"),
-        ("forward_s", features, "forward_pixels"),
-        ("forward_s", scoring, "forward_pixels"),
+        ("precision_s", trainer, "plan_precision"),
+        ("forward_s", features, "_each_batch"),
         ("decode_s", cache, "_build"),
     ]
     kept = [(module, name, getattr(module, name)) for _, module, name in watched]
     for label, module, name in watched:
         setattr(module, name, timed(label, getattr(module, name)))
-    del results, loop
     try:
         yield
     finally:
@@ -177,14 +184,14 @@ def measure(folder: Path, models: list[str], images: int, seeds: int, epochs: in
         file.unlink()  # the benchmark decodes for itself
     parts: dict[str, float] = defaultdict(float)
     with clocks(parts):
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         result = bench(data="photos", recipes=[f"{name}-lp" for name in models], seeds=seeds)
-        total = time.perf_counter() - started
+        total, cpu = time.perf_counter() - started, time.process_time() - used
     for each in passes:
         each()
     if result.failed:
         raise SystemExit(f"{result.failed} runs failed: {[row['reason'] for row in result.comparison.rows]}")
-    return {"import_s": importing, "total_s": total, "parts": dict(parts), "passes": passes}
+    return {"import_s": importing, "total_s": total, "cpu_s": cpu, "parts": dict(parts), "passes": passes}
 
 
 def main() -> None:
@@ -203,6 +210,7 @@ def main() -> None:
         mean = float(np.mean(each.seconds))
         print(f"{each.name:26} {each.images:7} {mean:10.2f} {each.images / mean:9.1f}")
     reference = sum(float(np.mean(each.seconds)) for each in found["passes"])
+    reference_cpu = sum(float(np.mean(each.cpu)) for each in found["passes"])
     row = {
         "what": f"{len(models)} backbones x {chosen.seeds} seeds",
         "images": chosen.images,
@@ -212,6 +220,9 @@ def main() -> None:
         "reference_passes_s": [round(sum(each.seconds[i] for each in found["passes"]), 2) for i in (0, 1)],
         "import_s": round(found["import_s"], 2),
         **{name: round(seconds, 2) for name, seconds in found["parts"].items()},
+        "cpu_s": round(found["cpu_s"], 2),
+        "reference_cpu_s": round(reference_cpu, 2),
+        "cpu_ratio": round(found["cpu_s"] / reference_cpu, 3),
         "ratio": round(found["total_s"] / reference, 3),
     }
     for key, value in row.items():

@@ -7,8 +7,17 @@ from torch import nn
 
 from zoo.data.cache import open_pixels
 from zoo.data.manifest import load_dataset
+from zoo.errors import ZooError
+from zoo.models.registry import classifier_of
 from zoo.runs import find_run, list_runs
-from zoo.training.features import StandardisedHead, forward_pixels, split_features
+from zoo.training import features as module
+from zoo.training.features import (
+    StandardisedHead,
+    backbone_digest,
+    forward_pixels,
+    head_logits,
+    split_features,
+)
 from zoo.training.loop import train
 from zoo.training.plan import make_plan
 from zoo.training.precision import PrecisionPlan
@@ -19,8 +28,6 @@ FLOAT32 = PrecisionPlan("float32", channels_last=True)
 
 @pytest.mark.parametrize("model", ["simple_cnn", "test_resnet", "test_efficientnet", "mobilenetv3_small_050"])
 def test_features_are_what_the_classifier_gets(tiny, make_recipe, model):
-    from zoo.models.registry import classifier_of
-
     plan = make_plan(make_recipe(model__name=model), "tiny", 0, tiny)
     pixels = open_pixels(plan.dataset, "val", plan.preprocessing)
     net = plan.model()[0]
@@ -96,3 +103,196 @@ def test_a_head_that_is_no_linear_layer_is_not_scaled():
     head = StandardisedHead(conv, values)
     assert torch.equal(head(values), conv(values))
     assert head.fold().keys() == conv.state_dict().keys()
+
+
+NAMES = ["simple_cnn", "test_resnet", "test_efficientnet", "test_vit", "mobilenetv3_small_050"]
+BF16 = PrecisionPlan("bf16", channels_last=True)
+
+
+def trained_head(net: nn.Module, scale: float = 0.3) -> nn.Module:
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in classifier_of(net)[1].parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape))
+    return net
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, BF16, PrecisionPlan("float32", channels_last=False)])
+@pytest.mark.parametrize("model", NAMES)
+def test_a_head_on_features_gives_the_logits_of_the_whole_network(tiny, make_recipe, model, precision):
+    size = {"test_vit": 160}.get(model, 32)
+    plan = make_plan(make_recipe(model__name=model, model__image_size=size), "tiny", 0, tiny)
+    pixels = open_pixels(plan.dataset, "train", plan.preprocessing)
+    net = trained_head(plan.model()[0].to(memory_format=precision.memory_format))
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    found = split_features(net, pixels, "train", plan, precision, CPU)
+    assert found.whole and found.values.dtype == torch.float32 and len(found.values) == 18
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    _, wanted = forward_pixels(net, pixels, plan.preprocessing, precision, CPU)
+    logits = head_logits(classifier_of(net)[1], found, precision, CPU)
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(logits, head_logits(classifier_of(net)[1], found, precision, CPU))
+    assert wanted.std(0).min() > 0
+
+
+class Odd(nn.Module):
+    """A network whose logits are no plain output of its classifier; `kind` says in which way."""
+
+    def __init__(self, num_classes: int, kind: str) -> None:
+        super().__init__()
+        self.kind, self.stem, self.fc = kind, nn.Conv2d(3, 4, 3, stride=4), nn.Linear(4, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = self.stem(x).mean((2, 3))
+        if self.kind == "twice":
+            return self.fc(values) + self.fc(-values)
+        return torch.tanh(self.fc(values))  # of a head that starts at zero, the same as the classifier's output
+
+
+@pytest.fixture
+def odd():
+    from zoo.models.registry import own_models, register_model
+
+    def build(kind: str):
+        return lambda num_classes: Odd(num_classes, kind)
+
+    for kind in ("tanh", "twice"):
+        register_model(f"odd_{kind}", image_size=32)(build(kind))
+    yield
+    for kind in ("tanh", "twice"):
+        own_models.pop(f"odd_{kind}")
+
+
+def test_a_network_that_changes_its_classifiers_output_is_scored_whole(odd, trained, make_recipe, tmp_path):
+    from safetensors.torch import save_file
+
+    from zoo.training.scoring import evaluate, load_model, predictions_of
+
+    save_file(Odd(3, "tanh").state_dict(), tmp_path / "odd.safetensors")
+    recipe = make_recipe(
+        "odd",
+        model__name="odd_tanh",
+        model__weights=str(tmp_path / "odd.safetensors"),
+        finetune__strategy="linear-probe",
+        augment__policy="none",
+    )
+    plan = make_plan(recipe, "tiny", 0, trained)
+    pixels = open_pixels(plan.dataset, "train", plan.preprocessing)
+    model, _ = plan.model()
+    for _ in range(2):  # computed, and read again
+        found = split_features(model, pixels, "train", plan, FLOAT32, CPU)
+        assert not found.whole
+    with pytest.raises(ValueError, match="do not give the network's logits"):
+        head_logits(classifier_of(model)[1], found, FLOAT32, CPU)
+    run = train(recipe, "tiny", 0, trained)
+    evaluate(run, "test", trained)
+    pixels = open_pixels(plan.dataset, "test", plan.preprocessing)
+    _, wanted = forward_pixels(load_model(run, trained), pixels, plan.preprocessing, FLOAT32, CPU)
+    np.testing.assert_array_equal(predictions_of(run, "test").logits, wanted.numpy())
+
+
+def test_a_classifier_that_is_used_twice_is_refused(odd, trained, make_recipe):
+    recipe = make_recipe("odd", model__name="odd_twice", finetune__strategy="linear-probe", augment__policy="none")
+    with pytest.raises(ZooError, match="Odd uses its classifier more than once .*finetune.strategy = 'full'"):
+        train(recipe, "tiny", 0, trained)
+
+
+def probe_of(trained, make_recipe, name="probe"):
+    source = next(run for run in list_runs(trained) if "--tiny--s0" in run.name)
+    return make_recipe(name, weights=source.name, strategy="linear-probe", policy="none", epochs=3)
+
+
+def test_no_pixel_goes_through_a_backbone_twice(trained, make_recipe, monkeypatch):
+    from zoo.training.scoring import evaluate, predictions_of
+
+    passes = []
+    whole = module._each_batch
+
+    def counted(model, pixels, *rest):
+        passes.append(pixels.source.split)
+        whole(model, pixels, *rest)
+
+    monkeypatch.setattr(module, "_each_batch", counted)
+    runs = [train(probe_of(trained, make_recipe), "tiny", seed, trained) for seed in (0, 1)]
+    runs.append(train(probe_of(trained, make_recipe, "other"), "tiny", 0, trained))
+    assert passes == ["train", "val"]
+    for run in runs:
+        evaluate(run, "test", trained)
+    assert passes == ["train", "val", "test"]
+    monkeypatch.undo()
+    for run in runs:
+        stored = {split: predictions_of(run, split).logits for split in ("val", "test")}
+        for file in load_dataset("tiny", trained).folder.glob(".cache/features-*"):
+            file.unlink()
+        for split, logits in stored.items():
+            run.metrics_file(split).unlink()
+            evaluate(run, split, trained)
+            np.testing.assert_allclose(predictions_of(run, split).logits, logits, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(predictions_of(run, "test").logits, stored["test"])
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.999])
+def test_one_flipped_byte_of_features_is_never_taken(trained, make_recipe, place):
+    plan = make_plan(probe_of(trained, make_recipe), "tiny", 0, trained)
+    pixels = open_pixels(plan.dataset, "train", plan.preprocessing)
+    first = split_features(plan.model()[0], pixels, "train", plan, FLOAT32, CPU)
+    values = first.values.clone()
+    file = next(plan.dataset.folder.glob(".cache/features-train-*.npy"))
+    data = bytearray(file.read_bytes())
+    data[int(place * len(data))] ^= 1
+    file.write_bytes(data)
+    again = split_features(plan.model()[0], pixels, "train", plan, FLOAT32, CPU)
+    assert torch.equal(again.values, values)
+    assert file.read_bytes() != bytes(data)
+
+
+def test_features_of_another_backbone_are_never_taken(trained, make_recipe):
+    from safetensors.torch import load_file, save_file
+
+    from zoo.training.scoring import evaluate, load_model, predictions_of
+
+    run = train(probe_of(trained, make_recipe), "tiny", 0, trained)
+    evaluate(run, "test", trained)
+    before = predictions_of(run, "test").logits
+    state = load_file(run.weights_file)
+    name = next(key for key in state if key.startswith("stages.0") and key.endswith("weight"))
+    state[name].view(-1)[0] += 1.0  # somebody has changed one number of the backbone
+    save_file(state, run.weights_file)
+    run.metrics_file("test").unlink()
+    evaluate(run, "test", trained)
+    pixels = open_pixels(load_dataset("tiny", trained), "test", run.record.preprocessing)
+    _, wanted = forward_pixels(load_model(run, trained), pixels, run.record.preprocessing, FLOAT32, CPU)
+    np.testing.assert_allclose(predictions_of(run, "test").logits, wanted.numpy(), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(before, wanted.numpy(), rtol=1e-4)
+
+
+def test_the_backbones_digest_knows_every_tensor_but_the_heads():
+    torch.manual_seed(0)
+    state = {"a.weight": torch.randn(2, 3), "a.count": torch.tensor(3), "fc.weight": torch.randn(3, 2)}
+    first = backbone_digest(state, "fc")
+    assert first == backbone_digest({**state, "fc.weight": torch.zeros(1), "fc.bias": torch.ones(3)}, "fc")
+    assert first == backbone_digest({**state, "a.weight": state["a.weight"].t().contiguous().t()}, "fc")
+    for change in (
+        {"a.count": torch.tensor(4)},
+        {"a.weight": state["a.weight"].reshape(3, 2)},
+        {"fcs.x": torch.ones(1)},
+    ):
+        assert backbone_digest({**state, **change}, "fc") != first
+    assert backbone_digest({**state, "a.weight": state["a.weight"].double()}, "fc") != first
+
+
+def test_progress_is_told_and_may_end_the_pass(trained, make_recipe):
+    plan = make_plan(probe_of(trained, make_recipe), "tiny", 0, trained)
+    pixels = open_pixels(plan.dataset, "train", plan.preprocessing)
+
+    def stop(done: int, total: int) -> None:
+        assert (done, total) == (18, 18)
+        raise KeyboardInterrupt
+
+    model = trained_head(plan.model()[0])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        split_features(model, pixels, "train", plan, FLOAT32, CPU, stop)
+    assert not list(plan.dataset.folder.glob(".cache/features-*"))
+    assert not list(plan.dataset.folder.glob(".cache/.features-*.npy.*"))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, NoReturn
 
+from zoo.benchmark.executors import OnStep, Step
 from zoo.benchmark.space import space_of
 from zoo.benchmark.study import Study, until
-from zoo.benchmark.executors import OnStep, Step
 from zoo.benchmark.trials import Job, work
 from zoo.errors import Interrupted, ZooError
 from zoo.training.loop import OnTick, Tick

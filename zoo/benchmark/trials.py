@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zoo.benchmark.study import Claim, Study
 from zoo.benchmark.executors import OnStep, Step
+from zoo.benchmark.study import Claim, Study
 from zoo.data.manifest import Dataset
 from zoo.errors import Interrupted, ZooError
 from zoo.files import Home

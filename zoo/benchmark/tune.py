@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from zoo.benchmark.crew import work_side_by_side
+from zoo.benchmark.executors import OnStep
 from zoo.benchmark.space import Space, plain_table, probes, space_of
 from zoo.benchmark.study import Study, check_pruner, need_optuna, until
-from zoo.benchmark.executors import OnStep
 from zoo.benchmark.trials import Job, work
 from zoo.benchmark.tuned import Tuned, bench_command, check_target, finish
 from zoo.data.manifest import Dataset, load_dataset

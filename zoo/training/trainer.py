@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from zoo.data.cache import Pixels, open_pixels
@@ -32,6 +33,7 @@ from zoo.training.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
+from zoo.training.derived import StateScorer, average_epochs
 from zoo.training.environment import device_name, versions
 from zoo.training.head import HeadTrainer
 from zoo.training.interruption import Interruption
@@ -245,6 +247,7 @@ class Trainer:
         with self.interruption.step():
             trainer.whole = False
             self._after_epoch(row, logits, functools.partial(_copy, scored))
+            self._keep_epoch(row["epoch"], scored)
             trainer.whole = True
             trainer.save()
             trainer.saved_at = time.perf_counter()
@@ -316,6 +319,37 @@ class Trainer:
             )
         found: torch.Tensor = self.group.shared(logits)
         return found
+
+    def _keep_epoch(self, epoch: int, model: nn.Module) -> None:
+        """Keep an epoch's weights beside the checkpoint where they will be averaged: the last few."""
+        average = self.recipe.average
+        if average.method == "none" or not self.group.leads:
+            return
+        name = f"average-{epoch:05d}"
+        self.kept[name] = keep_tensors(self.folder, name, _copy(model))
+        for old in sorted(key for key in self.kept if key.startswith("average-"))[: -(average.last_epochs or 2)]:
+            del self.kept[old]
+
+    def _average(self, model: nn.Module) -> list[str]:
+        """Take the average of epochs where val scores it no worse than the best of them; return what is to be said."""
+        method, metric = self.recipe.average.method, self.recipe.finetune.metric
+        names = sorted(key for key in self.kept if key.startswith("average-"))
+        if not names:
+            return []
+        scorer = StateScorer(self.plan, model, self.train_pixels, self.val_pixels, self.precision, self.device)
+        by_epoch = {row["epoch"]: row[f"val_{metric}"] for row in self.progress.history}
+        values = {name: by_epoch[int(name.removeprefix("average-"))] for name in names}
+        loads = {name: functools.partial(load_file, self.folder / self.kept[name].file) for name in names}
+        chosen, value = average_epochs(scorer, method, loads, values, metric)
+        epochs = ", ".join(str(int(name.removeprefix("average-"))) for name in sorted(chosen))
+        best, sign = self.progress.best_value, METRIC_SIGN.get(metric, 1)
+        said = f"{method} of epochs {epochs}: val {metric} {value:.4f}"
+        if best is not None and not (math.isfinite(value) and sign * value >= sign * best):
+            return [f"{said}, worse than epoch {self.progress.best_epoch}'s {best:.4f}, which is kept"]
+        logits = scorer.logits(scorer.state(), averaged=False)
+        self._score({"epoch": self.progress.epoch}, logits)
+        self.best, self.best_logits = scorer.state(), logits
+        return [f"{said}, kept in place of epoch {self.progress.best_epoch}"]
 
     def _save(self, updater: Updater, ema: Any) -> None:
         """Write a checkpoint; signals wait for its end."""
@@ -410,6 +444,7 @@ class Trainer:
     def _finish(self, model: nn.Module, note: str) -> None:
         """Write weights, history and val's scores, and last the record."""
         run, progress = self.plan.run, self.progress
+        averaged = self._average(model)
         save_tensors(run.weights_file, self.best)
         self._write_history()
         record = self.plan.record(
@@ -431,7 +466,7 @@ class Trainer:
             threads=self.threads,
             processes=self.group.world,
             versions=versions(),
-            notes=[*([note] if note else []), *self._notes()],
+            notes=[*([note] if note else []), *self._notes(), *averaged],
         )
         write_scores(run, record, self.val_pixels, "val", self.best_logits)
         run.write_record(record)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.errors import ZooError
+from zoo.training.stored import read_stored, store_once
+
+VALUES = torch.randn(5, 4, 3, 2, generator=torch.Generator().manual_seed(0))
+
+
+def store(file: Path, values: torch.Tensor, **facts):
+    def compute(add):
+        for part in torch.split(values, 2):
+            add(part)
+        return facts
+
+    return store_once(file, len(values), compute)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        VALUES,
+        VALUES.contiguous(memory_format=torch.channels_last),
+        VALUES.bfloat16().contiguous(memory_format=torch.channels_last),
+        VALUES.half(),
+        VALUES.flatten(1).bfloat16(),
+        VALUES.flatten(2),
+    ],
+)
+def test_an_array_comes_back_as_it_was(tmp_path, values):
+    made, read = store(tmp_path / "a.npy", values, whole=True), read_stored(tmp_path / "a.npy", 5)
+    assert read is not None
+    for each in (made, read):
+        assert each.values.dtype == values.dtype and torch.equal(each.values, values)
+        assert each.values.stride() == values.stride()
+        assert each.facts["whole"] is True
+
+
+def test_what_is_read_may_be_written_to_and_the_file_stays(tmp_path):
+    before = store(tmp_path / "a.npy", VALUES).values
+    before.zero_()
+    read = read_stored(tmp_path / "a.npy", 5)
+    assert read is not None and torch.equal(read.values, VALUES)
+
+
+def test_damage_of_any_kind_is_no_array(tmp_path):
+    file = tmp_path / "a.npy"
+    assert read_stored(file, 5) is None
+    store(file, VALUES)
+    record, data = file.with_suffix(".json"), file.read_bytes()
+    assert read_stored(file, 4) is None
+    for changed in (b"", data[:-1], data + b"0", data[:200] + bytes([data[200] ^ 4]) + data[201:]):
+        file.write_bytes(changed)
+        assert read_stored(file, 5) is None
+    file.write_bytes(data)
+    assert read_stored(file, 5) is not None
+    for text in ("", "{}", "[]", record.read_text().replace("float32", "complex")[:-9]):
+        record.write_text(text)
+        assert read_stored(file, 5) is None
+    assert torch.equal(store(file, VALUES).values, VALUES)
+
+
+def test_too_few_rows_are_a_fault_and_leave_nothing(tmp_path):
+    with pytest.raises(ValueError, match="2 rows were written where 5 were promised"):
+        store_once(tmp_path / "a.npy", 5, lambda add: add(VALUES[:2]) or {})
+    assert not list(tmp_path.glob("*a.npy*"))
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ZooError, match="cannot write"):
+        store(tmp_path / "taken" / "a.npy", VALUES)
+
+
+def slowly(folder: str) -> list[float]:
+    def compute(add):
+        with (Path(folder) / "computed.txt").open("a") as stream:
+            stream.write("once\n")
+        time.sleep(1.5)
+        add(VALUES)
+        return {}
+
+    return store_once(Path(folder) / "a.npy", 5, compute).values.flatten().tolist()
+
+
+def test_of_several_processes_one_computes_and_all_have_it(tmp_path):
+    with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(slowly, [str(tmp_path)] * 3))
+    assert found == [VALUES.flatten().tolist()] * 3
+    assert (tmp_path / "computed.txt").read_text() == "once\n"
+
+
+def test_who_waits_is_told_and_may_leave(tmp_path):
+    from filelock import FileLock
+
+    told = []
+
+    def on_wait() -> None:
+        told.append(1)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    with FileLock(tmp_path / ".a.lock"), pytest.raises(KeyboardInterrupt):
+        store_once(tmp_path / "a.npy", 5, lambda add: add(VALUES) or {}, on_wait)
+    assert len(told) == 3
