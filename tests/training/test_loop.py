@@ -372,6 +372,36 @@ def test_a_network_that_runs_out_of_memory_image_by_image_says_so(tiny, make_rec
         torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
 
 
+def test_a_batch_that_the_allocator_refuses_is_computed_in_parts(tiny, make_recipe):
+    import resource
+
+    from torch import nn
+
+    from zoo.models.registry import register_model
+    from zoo.models.spec import own_models
+
+    class Wide(nn.Module):
+        def __init__(self, num_classes: int) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, num_classes)
+
+        def forward(self, images):
+            if images.device.type != "meta" and self.training:
+                torch.empty(len(images), 2**28)  # a GiB for each image, asked for and never touched
+            return self.head(images.mean((2, 3)))
+
+    register_model("wide_net")(Wide)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (9 << 29), hard))
+        run = train(make_recipe(model__name="wide_net", policy="none"), "tiny", 0, tiny)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        del own_models["wide_net"]
+    assert "computed in 2 parts" in run.record.notes[0]
+
+
 @pytest.mark.parametrize(
     "more",
     [

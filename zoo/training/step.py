@@ -126,7 +126,7 @@ class Updater:
     def _backward(
         self, images: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, whole: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        network = self.network or self.model
+        network = self.model if self.network is None else self.network
         starts = self.boundary.replay(self.model) if self.boundary is not None else nullcontext()
         with self.precision.autocast(self.device), starts:
             logits = network(self.precision.place(images) if self.boundary is None else images)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from zoo.data.cache import Pixels, open_pixels
@@ -27,25 +26,20 @@ from zoo.training.checkpoint import (
     Progress,
     keep_tensors,
     load_checkpoint,
-    remove_checkpoints,
     save_checkpoint,
-    save_tensors,
 )
-from zoo.training.derived import StateScorer, average_epochs
-from zoo.training.environment import device_name, versions
 from zoo.training.head import HeadTrainer
 from zoo.training.inputs import Inputs, make_inputs
 from zoo.training.interruption import Interruption
 from zoo.training.loss import make_criterion
+from zoo.training.outcome import finish
 from zoo.training.parallel import Group, across, share_batch_norm
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan, begun_plan, choose_device, set_threads
-from zoo.training.scoring import write_scores
 from zoo.training.speed import FORWARD_BATCH, compiled, plan_precision
 from zoo.training.step import FINITE_FIX, EpochTrainer, NonFiniteLossError, Updater, make_ema
 from zoo.training.strategy import (
     Phase,
-    frozen_names,
     image_size_of,
     make_optimizer,
     make_scheduler,
@@ -135,7 +129,7 @@ class Trainer:
                 self._train_network(model, phase)
         self._account()
         if self.group.leads:
-            self._finish(model, note)
+            finish(self, model, note)
         self.group.wait()
         return plan.run
 
@@ -328,27 +322,6 @@ class Trainer:
         for old in sorted(key for key in self.kept if key.startswith("average-"))[: -(average.last_epochs or 2)]:
             del self.kept[old]
 
-    def _average(self, model: nn.Module) -> list[str]:
-        """Take the average of epochs where val scores it no worse than the best of them; return what is to be said."""
-        method, metric = self.recipe.average.method, self.recipe.finetune.metric
-        names = sorted(key for key in self.kept if key.startswith("average-"))
-        if not names:
-            return []
-        scorer = StateScorer(self.plan, model, self.train_pixels, self.val_pixels, self.precision, self.device)
-        by_epoch = {row["epoch"]: row[f"val_{metric}"] for row in self.progress.history}
-        values = {name: by_epoch[int(name.removeprefix("average-"))] for name in names}
-        loads = {name: functools.partial(load_file, self.folder / self.kept[name].file) for name in names}
-        chosen, value = average_epochs(scorer, method, loads, values, metric)
-        epochs = ", ".join(str(int(name.removeprefix("average-"))) for name in sorted(chosen))
-        best, sign = self.progress.best_value, METRIC_SIGN.get(metric, 1)
-        said = f"{method} of epochs {epochs}: val {metric} {value:.4f}"
-        if best is not None and not (math.isfinite(value) and sign * value >= sign * best):
-            return [f"{said}, worse than epoch {self.progress.best_epoch}'s {best:.4f}, which is kept"]
-        logits = scorer.logits(scorer.state(), averaged=False)
-        self._score({"epoch": self.progress.epoch}, logits)
-        self.best, self.best_logits = scorer.state(), logits
-        return [f"{said}, kept in place of epoch {self.progress.best_epoch}"]
-
     def _save(self, updater: Updater, ema: Any) -> None:
         """Write a checkpoint; signals wait for its end."""
         self._account()
@@ -373,7 +346,7 @@ class Trainer:
                 scaler=scaler,
                 kept=self.kept,
             )
-            self._write_history()
+            self.write_history()
 
     def _account(self) -> None:
         """Add the seconds since the last time to what training took."""
@@ -387,7 +360,7 @@ class Trainer:
         self, row: dict[str, Any], logits: torch.Tensor, weights: Callable[[], dict[str, torch.Tensor]]
     ) -> None:
         """Score val, keep the weights where they are the best so far, and add the epoch to the history."""
-        value = self._score(row, logits)
+        value = self.score(row, logits)
         progress = self.progress
         progress.end_epoch(row)
         sign = METRIC_SIGN.get(self.recipe.finetune.metric, 1)
@@ -401,7 +374,7 @@ class Trainer:
         else:
             progress.stale_epochs += 1
 
-    def _score(self, row: dict[str, Any], logits: torch.Tensor) -> float:
+    def score(self, row: dict[str, Any], logits: torch.Tensor) -> float:
         """Add val's loss and scores to an epoch's row, and return the score that chooses the epoch."""
         labels = torch.from_numpy(self.val_pixels.y_true.copy())
         loss = float(self.criterion(logits.to(self.device), labels.to(self.device)))
@@ -437,55 +410,8 @@ class Trainer:
             row.get("images_per_s"),
         )
 
-    # The end ----------------------------------------------------------------------------------------------------
-
-    def _finish(self, model: nn.Module, note: str) -> None:
-        """Write weights, history and val's scores, and last the record."""
-        run, progress = self.plan.run, self.progress
-        averaged = self._average(model)
-        save_tensors(run.weights_file, self.best)
-        self._write_history()
-        record = self.plan.record(
-            "finished",
-            params=sum(parameter.numel() for parameter in model.parameters()),
-            params_trained=self._params_trained(model),
-            epochs=progress.history[-1]["epoch"],  # fewer than planned where patience ended the head
-            best_epoch=progress.best_epoch,
-            train_s=round(progress.train_s, 3),
-            images_per_s=round(progress.images_seen / progress.step_s, 2) if progress.step_s > 0 else None,
-            images={"train": len(self.train_pixels), "val": len(self.val_pixels)},
-            images_skipped={
-                split: pixels.skipped
-                for split, pixels in (("train", self.train_pixels), ("val", self.val_pixels))
-                if pixels.skipped
-            },
-            device=device_name(self.device),
-            precision=self.precision.record(),
-            threads=self.threads,
-            processes=self.group.world,
-            versions=versions(),
-            notes=[*([note] if note else []), *self._notes(), *averaged],
-        )
-        write_scores(run, record, self.val_pixels, "val", self.best_logits)
-        run.write_record(record)
-        remove_checkpoints(self.folder)
-
-    def _notes(self) -> list[str]:
-        parts, size = self.progress.parts, self.recipe.finetune.batch_size
-        if parts == 1:
-            return []
-        return [
-            f"a batch of {size} needed more memory than there is: computed in {parts} parts, their gradients added up; "
-            f"the effective batch is still {size}, but batch normalisation saw {-(-size // parts)} images at a time"
-        ]
-
-    def _params_trained(self, model: nn.Module) -> int:
-        if self.recipe.finetune.strategy == "linear-probe":
-            return sum(each.numel() for each in classifier_of(model)[1].parameters())
-        frozen = frozen_names(model, self.recipe.finetune.freeze)
-        return sum(each.numel() for name, each in model.named_parameters() if name not in frozen)
-
-    def _write_history(self) -> None:
+    def write_history(self) -> None:
+        """Write `history.jsonl`, a line for each finished epoch."""
         write_text(self.plan.run.history_file, "".join(f"{to_json(row)}\n" for row in self.progress.history))
 
 
