@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from zoo.data.cache import open_pixels
-from zoo.data.loader import epoch_order, fixed_batches
-from zoo.data.transforms import normalise_tensor
+from zoo.data.loader import epoch_order
 from zoo.models.registry import create_model, find_model
-from zoo.training.boundary import Boundary, find_boundary
+from zoo.training.boundary import Boundary, example_of, find_boundary, images_stay
 from zoo.training.features import forward_pixels
 from zoo.training.plan import make_plan
 from zoo.training.precision import PrecisionPlan
@@ -197,8 +196,8 @@ def test_kept_activations_give_what_the_images_give(trained, make_recipe, tmp_pa
     pixels = open_pixels(plan.dataset, "train", plan.preprocessing)
     model, _ = build(name, 2)
     model = model.to(memory_format=precision.memory_format)
-    batch = next(fixed_batches(pixels, plan.preprocessing.image_size, 4))
-    example = precision.place(normalise_tensor(torch.from_numpy(batch), plan.preprocessing))
+    example = example_of(pixels, plan, precision, CPU)
+    assert example.shape == (4, 3, *[options["model__image_size"]] * 2)
     found = find_boundary(model, example, precision, CPU)
     assert found is not None
     seen = []
@@ -226,7 +225,7 @@ def test_kept_activations_give_what_the_images_give(trained, make_recipe, tmp_pa
     assert len(seen) == 2
 
 
-def test_what_pays_follows_from_counts_alone():
+def test_what_pays_follows_from_counts_alone(monkeypatch):
     model, images = build("test_resnet", 3)
     found = find_boundary(model, images, FLOAT32, CPU)
     assert found is not None
@@ -239,3 +238,19 @@ def test_what_pays_follows_from_counts_alone():
     assert wide.pays(1000, 10, CPU, limit=1000 * wide.bytes_per_image)
     assert not Boundary(**{**vars(wide), "macs": 10**7}).pays(10, 10, CPU)
     assert not Boundary(**{**vars(wide), "total_macs": 10**11}).pays(10, 10, CPU)
+    monkeypatch.setenv("ZOO_CACHE_GB", "0")
+    assert not wide.pays(1000, 10, CPU)
+    monkeypatch.setenv("ZOO_CACHE_GB", "inf")
+    assert wide.pays(1000, 10, CPU) and not wide.pays((8 << 30) // wide.bytes_per_image + 1, 10, CPU)
+
+
+def test_only_images_that_nothing_changes_stay(make_recipe):
+    plain = {"augment__policy": "none"}
+    assert images_stay(make_recipe(**plain))
+    for change in (
+        {"augment__policy": "light"},
+        {**plain, "augment__mixup": 0.2},
+        {**plain, "augment__cutmix": 0.2},
+        {**plain, "finetune__image_sizes": [16, 32]},
+    ):
+        assert not images_stay(make_recipe(**change))

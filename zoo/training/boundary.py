@@ -19,7 +19,9 @@ from torch import nn
 
 from zoo.data.cache import Pixels
 from zoo.data.loader import fixed_batches
+from zoo.data.room import cache_limit
 from zoo.data.transforms import normalise_tensor
+from zoo.recipe import Recipe
 from zoo.training.features import FORWARD_BATCH, OnBatch, array_name, digest_tensors
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan
@@ -63,12 +65,14 @@ class Boundary:
         """Return what one image's activations take on disk."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
-    def pays(self, images: int, epochs: int, device: torch.device, limit: int = DEFAULT_LIMIT) -> bool:
+    def pays(self, images: int, epochs: int, device: torch.device, limit: float | None = None) -> bool:
         """Return whether keeping the activations of so many images for so many epochs is worth their bytes.
 
-        It follows from network, data, recipe, kind of device and limit (bytes) alone, never from a clock or from what
-        is free: whether activations are kept may show in the last bits of a run.
+        limit: the most bytes; left out, 8 GiB, and no more than `ZOO_CACHE_GB`. The answer follows from network, data,
+        recipe, kind of device and limit alone, never from a clock or from what is free: whether activations are kept
+        may show in the last bits of a run.
         """
+        limit = min(DEFAULT_LIMIT, cache_limit()) if limit is None else limit
         saved = self.macs / self.bytes_per_image >= WORTH.get(device.type, WORTH_ELSEWHERE)
         share = self.macs / max(1, self.total_macs)
         return saved and share >= LEAST_SHARE and epochs >= 2 and images * self.bytes_per_image <= limit
@@ -172,6 +176,19 @@ class Activations:
 
 
 # Finding it ---------------------------------------------------------------------------------------------------------
+
+
+def images_stay(recipe: Recipe) -> bool:
+    """Return whether a recipe's training images are the same in every epoch, as those of val always are."""
+    augment = recipe.augment
+    plain = recipe.policy == "none" and not augment.transforms and not augment.mixup and not augment.cutmix
+    return plain and not recipe.finetune.image_sizes
+
+
+def example_of(pixels: Pixels, plan: Plan, precision: PrecisionPlan, device: torch.device) -> torch.Tensor:
+    """Return the first images of a split, four at most, as the network takes them: what `find_boundary` looks at."""
+    batch = next(fixed_batches(pixels, plan.preprocessing.image_size, 4))
+    return precision.place(normalise_tensor(torch.from_numpy(batch).to(device), plan.preprocessing))
 
 
 def find_boundary(
