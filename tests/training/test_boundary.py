@@ -213,7 +213,7 @@ def test_kept_activations_give_what_the_images_give(trained, make_recipe, tmp_pa
     assert len(seen) == 1 and torch.equal(again.stored.values, kept.stored.values)
     order = epoch_order(len(kept), 5, 0, 3)
     got = list(kept.batches(order))
-    assert [places.tolist() for _, _, places in got] == order
+    assert [places.tolist() for _, _, places in got] == [list(each) for each in order]
     for activations, labels, places in got:
         assert torch.equal(activations, kept.stored.values[places]) and activations.dtype == found.dtype
         assert torch.equal(labels, kept.y_true[places])

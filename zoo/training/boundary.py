@@ -8,12 +8,13 @@ rest, started from there, gives the network's own outputs to the last bit is pro
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,6 +27,8 @@ from zoo.training.features import FORWARD_BATCH, OnBatch, array_name, digest_ten
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan
 from zoo.training.stored import Stored, store_once
+
+Places = Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
 
 DEFAULT_LIMIT = 8 << 30
 # Multiply-adds that must be saved for each byte that is read instead. In the nanosecond that a byte takes from a disk
@@ -161,17 +164,17 @@ class Activations:
     def __len__(self) -> int:
         return len(self.y_true)
 
-    def batch(self, places: Sequence[int]) -> torch.Tensor:
+    def batch(self, places: Places) -> torch.Tensor:
         """Return the activations (B, ...) of some images: a copy on the CPU, in the network's memory format."""
-        values, chosen = self.stored.values, list(places)
+        values, chosen = self.stored.values, torch.from_numpy(np.array(places, np.int64))
         if self.stored.facts["channels_last"]:
             return values.permute(0, 2, 3, 1)[chosen].permute(0, 3, 1, 2)
         return values[chosen]
 
-    def batches(self, order: Sequence[Sequence[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def batches(self, order: Iterable[Places]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield activations, labels (B,) and places (B,) in an order as `epoch_order` gives it."""
         for places in order:
-            chosen = torch.tensor(list(places))
+            chosen = torch.from_numpy(np.array(places, np.int64))
             yield self.batch(places), self.y_true[chosen], chosen
 
 
