@@ -22,6 +22,7 @@ _PLACES = {
     "create_model": "zoo.models.registry",
     "evaluate": "zoo.training.scoring",
     "fold_dataset": "zoo.data.resplit",
+    "find_lr": "zoo.reporting.lr_range",
     "find_model": "zoo.models.registry",
     "find_run": "zoo.runs",
     "home": "zoo.files",
@@ -44,6 +45,7 @@ _PLACES = {
     "show_dataset": "zoo.reporting.sheets",
     "split_summary": "zoo.data.manifest",
     "train": "zoo.training.loop",
+    "tune": "zoo.benchmark.tune",
 }
 __all__ = ["__version__", *sorted(_PLACES)]  # noqa: PLE0604
 
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from zoo.benchmark.outlook import plan as plan
     from zoo.benchmark.reports import report as report
     from zoo.benchmark.suite import bench as bench
+    from zoo.benchmark.tune import tune as tune
     from zoo.data.manifest import load_dataset as load_dataset
     from zoo.data.manifest import split_summary as split_summary
     from zoo.data.resplit import fold_dataset as fold_dataset
@@ -77,6 +80,7 @@ if TYPE_CHECKING:
     from zoo.recipe import list_recipes as list_recipes
     from zoo.recipe import load_recipe as load_recipe
     from zoo.reporting.audit import audit_dataset as audit_dataset
+    from zoo.reporting.lr_range import find_lr as find_lr
     from zoo.reporting.sheets import show_dataset as show_dataset
     from zoo.runs import Run as Run
     from zoo.runs import find_run as find_run

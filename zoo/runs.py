@@ -90,6 +90,8 @@ class RunRecord(BaseModel):
     precision: dict[str, Any] = {}
     threads: int | None = None
     processes: int = 1
+    tta: str = "none"
+    made_of: list[str] = []
     versions: dict[str, str] = {}
     notes: list[str] = []
     leaks_accepted: bool = False

@@ -477,3 +477,37 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_before_work(tin
     with pytest.raises(ZooError, match=r"no checkpoint in '.*' is whole \(epoch-.*ValueError\); move the folder away"):
         train(recipe, "tiny", 0, tiny, on_tick=lambda _: pytest.fail("work was begun"))
     assert tensors.is_file()
+
+
+@pytest.mark.parametrize("strategy", ["full", "lp-ft"])
+def test_frozen_stages_run_once_where_images_do_not_change_and_nothing_else_does(
+    tiny, make_recipe, monkeypatch, strategy
+):
+    from zoo.models.nets import SimpleCNN
+    from zoo.training import boundary
+
+    common = {"strategy": strategy, "policy": "none", "epochs": 4, "batch_size": 6, "freeze": ["stem", "stages.0"]}
+    passes: list[bool] = []
+    whole_forward = SimpleCNN.forward_features
+
+    def counting(self, x):
+        passes.append("forward" in self.stem.__dict__)  # replaced: skipped
+        return whole_forward(self, x)
+
+    monkeypatch.setattr(SimpleCNN, "forward_features", counting)
+    monkeypatch.setattr(boundary, "WORTH", {"cpu": 1e12})  # never
+    plain = train(make_recipe("plain", **common), "tiny", 0, tiny)
+    assert sum(passes) <= 3  # the proof that it could be done
+    passes.clear()
+    monkeypatch.setattr(boundary, "WORTH", {"cpu": 0.0})
+    kept = train(make_recipe("kept", **common), "tiny", 0, tiny)
+    assert sum(passes) > 3 * (3 if strategy == "lp-ft" else 4)  # three updates and val, each epoch of the network
+    assert not (kept.path / "checkpoint").exists()
+    ours, theirs = load_file(kept.weights_file), load_file(plain.weights_file)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5)
+    broken = make_recipe("broken", **common)
+    for epoch in (3, 4):
+        with pytest.raises(Interrupted):
+            train(broken, "tiny", 0, tiny, on_tick=interrupt_at(epoch))
+    assert bits(train(broken, "tiny", 0, tiny)) == bits(kept)

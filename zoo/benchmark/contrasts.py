@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from zoo.benchmark.definition import load_benchmark
-from zoo.benchmark.suite import BenchResult, OnStep, Step, bench
+from zoo.benchmark.executors import OnStep, Step, check_jobs
+from zoo.benchmark.suite import BenchResult, bench
 from zoo.data.leaks import refuse_leaks
 from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError
@@ -58,6 +59,7 @@ def bench_all(
     offline: bool = False,
     bad_images: str | None = None,
     accept_leaks: bool = False,
+    jobs: int = 1,
     on_tick: OnTick | None = None,
     on_step: OnStep | None = None,
 ) -> ManyResults:
@@ -67,6 +69,7 @@ def bench_all(
     so that after an interruption, or once a dataset has come, the same call goes on. Raises ZooError, before any
     training, where a dataset that is not optional cannot be had, else as `bench` does.
     """
+    check_jobs(jobs)
     root = root or home()
     wanted = load_benchmark(name, root)
     tell = on_step or (lambda _: None)
@@ -89,6 +92,7 @@ def bench_all(
             offline=offline,
             bad_images=bad_images,
             accept_leaks=accept_leaks,
+            jobs=jobs,
             on_tick=on_tick,
             on_step=on_step,
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from zoo.benchmark.definition import Benchmark, load_benchmark, results_folder
+from zoo.benchmark.executors import OnStep, Step, check_jobs, run_all
 from zoo.benchmark.results import dataset_floors, write_results
 from zoo.data.leaks import refuse_leaks
 from zoo.data.manifest import Dataset, load_dataset, split_summary
@@ -16,21 +17,9 @@ from zoo.evaluation.ledger import looks_at_test
 from zoo.files import Home, check_name, check_writable, home
 from zoo.recipe import load_recipe
 from zoo.reporting.comparison import Comparison, make_comparison
-from zoo.runs import Run, RunRecord
-from zoo.training.loop import OnTick, train_plan
+from zoo.runs import RunRecord
+from zoo.training.loop import OnTick
 from zoo.training.plan import Plan, failed_record, make_plan
-from zoo.training.scoring import evaluate
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a benchmark tells of itself: run `number` of `total` begins, ends or fails."""
-
-    number: int
-    total: int
-    run: str
-    state: str
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,9 +29,6 @@ class BenchResult:
     comparison: Comparison
     folder: Path
     failed: int
-
-
-OnStep = Callable[[Step], None]
 
 
 def bench(
@@ -56,16 +42,19 @@ def bench(
     offline: bool = False,
     bad_images: str | None = None,
     accept_leaks: bool = False,
+    jobs: int = 1,
     on_tick: OnTick | None = None,
     on_step: OnStep | None = None,
 ) -> BenchResult:
     """Run a benchmark, named or given by data and recipes, and write its table and figures.
 
     seeds: a number of seeds from 0 on, or the seeds themselves. Every run is planned, and its weights found,
-    before the first is trained. Finished runs are reused; after an interruption the same call goes on. Files go to
-    `benchmarks/<name>/`. Raises ZooError where the benchmark itself is wrong, or the dataset leaks and that is not
-    accepted; a recipe that fails is a row.
+    before the first is trained. Finished runs are reused; after an interruption the same call goes on. jobs: how many
+    runs are trained at a time, each in a process of its own; each has the cores divided by it as its threads, and
+    other bits with another number of threads. Files go to `benchmarks/<name>/`. Raises ZooError where the benchmark
+    itself is wrong, or the dataset leaks and that is not accepted; a recipe that fails is a row.
     """
+    check_jobs(jobs)
     root = root or home()
     wanted = _wanted(name, data, recipes, seeds, root)
     if not wanted.dataset:
@@ -81,9 +70,7 @@ def bench(
     tell = on_step or (lambda _: None)
     left_out: list[str] = []
     steps = _plan_all(wanted, dataset, root, overrides or {}, offline, bad_images, tell, left_out)
-    runs: list[Run | RunRecord] = []
-    for number, step in enumerate(steps, 1):
-        runs.append(_run_one(number, len(steps), step, bad_images, on_tick, tell))
+    runs = run_all(steps, jobs, bad_images, on_tick, tell)
     summary = split_summary(dataset)["splits"]
     comparison = make_comparison(
         runs,
@@ -169,28 +156,3 @@ def _plan_all(
             # Only the seed differs: the network and its weights are looked for once per recipe.
             planned.append(first.with_seed(seed) if first else failed_record(recipe, dataset, seed, reason))
     return planned
-
-
-def _run_one(
-    number: int,
-    total: int,
-    step: Plan | RunRecord,
-    bad_images: str | None,
-    on_tick: OnTick | None,
-    tell: OnStep,
-) -> Run | RunRecord:
-    if isinstance(step, RunRecord):
-        tell(Step(number, total, step.run, "failed", step.reason or ""))
-        return step
-    state = "reused" if step.run.finished else "finished"
-    tell(Step(number, total, step.run.name, "begins"))
-    try:
-        run = train_plan(step, on_tick)
-        metrics = evaluate(run, "test", step.home, bad_images=bad_images)
-    except Interrupted:
-        raise
-    except ZooError as error:
-        tell(Step(number, total, step.run.name, "failed", str(error)))
-        return step.record("failed", str(error))
-    tell(Step(number, total, run.name, state, f"test top1 {metrics['top1']:.3f}"))
-    return run

@@ -26,6 +26,7 @@ def bench(
     data: Annotated[str | None, typer.Option("--data", help="Name of the dataset.")] = None,
     recipes: Annotated[str | None, typer.Option(help="Recipes, with commas between them.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds, from 0 on.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Runs side by side, each in a process of its own.")] = 1,
     set_: SetOption = None,
     bad_images: BadImagesOption = None,
     accept_leaks: AcceptLeaksOption = False,
@@ -53,6 +54,7 @@ def bench(
                 offline=offline,
                 bad_images=bad_images,
                 accept_leaks=accept_leaks,
+                jobs=jobs,
                 on_tick=shown.tick,
                 on_step=shown.step,
             )
@@ -70,6 +72,7 @@ def bench(
             offline=offline,
             bad_images=bad_images,
             accept_leaks=accept_leaks,
+            jobs=jobs,
             on_tick=shown.tick,
             on_step=shown.step,
         )

@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from zoo.benchmark.suite import Step
+    from zoo.benchmark.executors import Step
     from zoo.reporting.comparison import Comparison
     from zoo.training.loop import Tick
 
@@ -234,13 +234,13 @@ class Bars:
             disable=not self.live,
         )
         self.tasks: dict[str, Any] = {}
-        self.prefix = ""
+        self.prefixes: dict[str, str] = {}  # of each run: several may be at work at once
 
     def tick(self, tick: Tick) -> None:
         """Show how far a run is."""
         if not self.live:
             return
-        name = f"{self.prefix}{_short(tick.run)}"
+        name = f"{self.prefixes.get(tick.run, '')}{_short(tick.run)}"
         task = self.tasks.get(tick.run)
         if task is None:
             task = self.tasks[tick.run] = self.progress.add_task("", total=1.0, name=name, facts="")
@@ -250,11 +250,11 @@ class Bars:
         facts += [f"loss {tick.loss:.3f}"] if tick.loss is not None else []
         facts += [tick.val] if tick.val else []
         facts += [f"{tick.images_per_s:.0f} images/s"] if tick.images_per_s else []
-        self.progress.update(task, completed=done, facts=" ".join(facts))
+        self.progress.update(task, completed=done, name=name, facts=" ".join(facts))
 
     def step(self, step: Step) -> None:
         """Show that a benchmark's run begins, ended or failed."""
-        self.prefix = f"{step.number}/{step.total} "
+        self.prefixes[step.run] = f"{step.number}/{step.total} "
         if step.state == "begins" or self.quiet:
             return
         task = self.tasks.get(step.run)

@@ -14,6 +14,7 @@ from zoo.files import Home, write_text
 from zoo.recipe import Recipe
 from zoo.runs import Run, run_lock
 from zoo.training.checkpoint import remove_checkpoints
+from zoo.training.derived import derive, is_derived, sources
 from zoo.training.interruption import Interruption
 from zoo.training.parallel import Group, joined
 from zoo.training.plan import Plan, finished_run, make_plan
@@ -66,7 +67,7 @@ def train_plan(plan: Plan, on_tick: OnTick | None = None, on_epoch: OnEpoch | No
                 # What a failed run has saved is good: it goes on from there once the cause is mended.
                 for name in ("run.json", "traceback.txt"):
                     (plan.run.path / name).unlink(missing_ok=True)
-            return _train_locked(plan, group, on_tick or (lambda _: None), on_epoch or (lambda _: None))
+            return _guarded(plan, group, on_tick or (lambda _: None), on_epoch or (lambda _: None))
 
 
 def _finished(plan: Plan) -> Run | None:
@@ -76,8 +77,21 @@ def _finished(plan: Plan) -> Run | None:
     return done
 
 
-def _train_locked(plan: Plan, group: Group, on_tick: OnTick, on_epoch: OnEpoch) -> Run:
+def _derived(plan: Plan, group: Group, on_tick: OnTick, on_epoch: OnEpoch) -> Run:
+    """Train what a derived run is made of, where that is not done yet, and make it."""
+    runs = [train_plan(each, on_tick, on_epoch) for each in sources(plan)]
+    if group.leads:
+        on_tick(Tick(plan.run.name, "deriving", 0, 1))
+        derive(plan, runs)
+    group.wait()
+    return plan.run
+
+
+def _guarded(plan: Plan, group: Group, on_tick: OnTick, on_epoch: OnEpoch) -> Run:
+    """Train or derive a run; say in its folder why, where that fails."""
     try:
+        if is_derived(plan.recipe):
+            return _derived(plan, group, on_tick, on_epoch)
         with Interruption() as interruption:
             return _with_less_memory(plan, group, interruption, on_tick, on_epoch)
     except KeyboardInterrupt as stop:
@@ -91,6 +105,8 @@ def _train_locked(plan: Plan, group: Group, on_tick: OnTick, on_epoch: OnEpoch) 
         _record_failure(plan, group, str(error))
         raise
     except Exception as error:
+        if not group.leads and isinstance(error, RuntimeError) and "onnection" in str(error):
+            raise ZooError(f"process {group.rank} of the run stops, because another one has ended; see there") from None
         # A network may break in any way; that must not take the benchmark down, nor lose the traceback.
         said = f"{type(error).__name__}: {one_line(error, 200)}"
         _record_failure(plan, group, said, traceback.format_exc())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -13,6 +14,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from zoo.errors import ZooError
 
@@ -78,11 +81,9 @@ class Group:
         if self.leads:
             self.wait()
 
-    def share_state(self, model: nn.Module) -> None:
-        """Give every process the first one's parameters and buffers."""
-        if self.world > 1:
-            for value in (*model.parameters(), *model.buffers()):
-                dist.broadcast(value.detach(), src=0)
+    def noise(self, rows: list[int], whole: int) -> AbstractContextManager[Any]:
+        """Return the context in which dropout draws as one process would; rows: this one's places in the batch."""
+        return nullcontext() if self.world == 1 else SharedNoise(rows, whole)
 
 
 ALONE = Group()
@@ -131,7 +132,27 @@ def across(model: nn.Module, group: Group, device: torch.device) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     devices = [device.index or 0] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    # Buffers are alike in all processes: batch statistics are shared. torch has renamed the switch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {switch: False}
+    return DistributedDataParallel(model, device_ids=devices, **options)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over all processes; so is its gradient's."""
+
+    @staticmethod
+    def forward(_: Any, values: torch.Tensor) -> torch.Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
 
 
 def share_batch_norm(model: nn.Module, group: Group) -> None:
@@ -150,9 +171,7 @@ def _shared_batch_norm(module: Any, alone: Any, x: torch.Tensor) -> Any:
     """Normalise by the mean and variance over all processes (Ioffe and Szegedy 2015, arXiv 1502.03167)."""
     if not module.training:
         return alone(module, x)
-    import torch.distributed.nn.functional as differentiable
-
-    all_reduce = cast("Any", differentiable).all_reduce
+    all_reduce = cast("Any", _Sum).apply
 
     axes = [axis for axis in range(x.ndim) if axis != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
@@ -177,3 +196,35 @@ def _shared_batch_norm(module: Any, alone: Any, x: torch.Tensor) -> Any:
         if hasattr(module, name):
             out = getattr(module, name)(out)
     return out
+
+
+class SharedNoise(TorchFunctionMode):
+    """Within the block, dropout and drop-path draw for the images of all processes, and take this process's part.
+
+    So the noise is that of one process which computes the whole batch, from the same seed. rows: places of this
+    process's images in a batch of `whole`.
+    """
+
+    def __init__(self, rows: list[int], whole: int) -> None:
+        super().__init__()
+        self.rows, self.whole = rows, whole
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace what draws a number for each image; leave all else as it is."""
+        kwargs = kwargs or {}
+        drawn = args[0] if args else kwargs.get("input")
+        if function not in _NOISE or not isinstance(drawn, torch.Tensor) or drawn.shape[:1] != (len(self.rows),):
+            return function(*args, **kwargs)
+        like = torch.empty_like(drawn[:1]).expand(self.whole, *drawn.shape[1:])
+        whole = torch.ones_like(like, memory_format=torch.preserve_format, requires_grad=False)
+        if drawn.ndim == 4 and drawn.is_contiguous(memory_format=torch.channels_last):
+            whole = whole.contiguous(memory_format=torch.channels_last)
+        if function is torch.Tensor.bernoulli_:
+            return drawn.copy_(function(whole, *args[1:], **kwargs)[self.rows])
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("input", "inplace")}
+        return drawn * function(whole, *args[1:3], **kwargs)[self.rows]
+
+
+_NOISE = {functional.dropout, functional.dropout2d, torch.Tensor.bernoulli_}

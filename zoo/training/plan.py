@@ -57,6 +57,11 @@ class Plan:
         """Return the same plan for another seed."""
         return replace(self, seed=seed, digest=digest_of([self.recipe_digest, self.dataset.split_digest, seed]))
 
+    def with_recipe(self, recipe: Recipe, seed: int) -> Plan:
+        """Return the plan of a recipe that differs in how weights are averaged or scored alone, for a seed."""
+        digest = _recipe_digest(recipe, self.spec, self.preprocessing, self.weights, self.network, self.bad_images)
+        return replace(self, recipe=recipe, recipe_digest=digest).with_seed(seed)
+
     @property
     def weights_label(self) -> str:
         """Return in a few words where the weights come from, as tables print it."""
@@ -155,7 +160,7 @@ def make_plan(
     is not there, a batch larger than the training set, more loading processes or, by torchrun, training processes than
     make sense, and folders that are full or cannot be written.
     """
-    from zoo.data.transforms import TRANSFORMS_VERSION, make_augment
+    from zoo.data.transforms import make_augment
     from zoo.training.precision import choose_device, choose_plan, choose_workers
 
     root = root or home()
@@ -175,18 +180,7 @@ def make_plan(
     network = _check_model(recipe, spec, preprocessing, len(dataset.classes))
     _refuse_changed_network(source_run, network, len(dataset.classes))
     check_writable(root.runs)
-    resolved: dict[str, Any] = {
-        "recipe": recipe.digest,
-        "model": spec.name,
-        "preprocessing": preprocessing.identity,
-    }
-    resolved["weights"] = weights.sha256 if weights else None
-    resolved["augment"] = [recipe.policy, TRANSFORMS_VERSION]
-    if network is not None:
-        resolved["network"] = network
-    if bad_images:
-        resolved["bad_images"] = bad_images
-    recipe_digest = digest_of(resolved)
+    recipe_digest = _recipe_digest(recipe, spec, preprocessing, weights, network, bad_images)
     return Plan(
         recipe=recipe,
         dataset=dataset,
@@ -202,6 +196,31 @@ def make_plan(
         network=network,
         leaks_accepted=leaks_accepted,
     )
+
+
+def _recipe_digest(
+    recipe: Recipe,
+    spec: ModelSpec,
+    preprocessing: Preprocessing,
+    weights: WeightsFile | None,
+    network: str | None,
+    bad_images: str | None,
+) -> str:
+    """Return the identity of a recipe together with what its names stand for here."""
+    from zoo.data.transforms import TRANSFORMS_VERSION
+
+    resolved: dict[str, Any] = {
+        "recipe": recipe.digest,
+        "model": spec.name,
+        "preprocessing": preprocessing.identity,
+        "weights": weights.sha256 if weights else None,
+        "augment": [recipe.policy, TRANSFORMS_VERSION],
+    }
+    if network is not None:
+        resolved["network"] = network
+    if bad_images:
+        resolved["bad_images"] = bad_images
+    return digest_of(resolved)
 
 
 def _check_batch(recipe: Recipe, dataset: Dataset) -> None:

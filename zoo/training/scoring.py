@@ -11,6 +11,7 @@ from torch import nn
 
 from zoo.data.cache import ImageProgress, Pixels, open_pixels
 from zoo.data.manifest import load_dataset
+from zoo.data.transforms import normalise_tensor
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.ledger import record_look
 from zoo.evaluation.metrics import compute_metrics
@@ -18,8 +19,17 @@ from zoo.evaluation.predictions import Predictions, read_predictions, write_pred
 from zoo.files import Home, home, write_json
 from zoo.models.registry import classifier_of, create_model, find_model, own_network_digest
 from zoo.runs import SPLITS, Run, RunRecord, find_run
-from zoo.training.features import are_kept, forward_pixels, head_logits, kept_features, load_grown, split_features
+from zoo.training.features import (
+    FORWARD_BATCH,
+    are_kept,
+    forward_pixels,
+    head_logits,
+    kept_features,
+    load_grown,
+    split_features,
+)
 from zoo.training.precision import PrecisionPlan, choose_device, recorded_plan, set_threads
+from zoo.training.views import logits_of_views
 
 
 def load_model(run: Run | str, root: Home | None = None, device: str = "cpu") -> nn.Module:
@@ -107,6 +117,8 @@ def _split_logits(
     device: torch.device,
 ) -> torch.Tensor:
     assert record.preprocessing is not None
+    if record.tta != "none":
+        return _views_logits(record, model, pixels, precision, device)
     if are_kept(record):
         features = split_features(model, pixels, split, record, precision, device)
         if features.whole:
@@ -114,12 +126,32 @@ def _split_logits(
     return forward_pixels(model, pixels, record.preprocessing, precision, device)[1]
 
 
+def _views_logits(
+    record: RunRecord, model: nn.Module, pixels: Pixels, precision: PrecisionPlan, device: torch.device
+) -> torch.Tensor:
+    """Return a split's logits over several views of each image (`zoo.training.views`)."""
+    assert record.preprocessing is not None
+    preprocessing, found = record.preprocessing, []
+
+    def forward(batch: Any) -> torch.Tensor:
+        images = normalise_tensor(torch.from_numpy(batch).to(device), preprocessing)
+        logits: torch.Tensor = model(precision.place(images)).float().cpu()
+        return logits
+
+    model.eval()
+    with torch.inference_mode(), precision.autocast(device):
+        for start in range(0, len(pixels), FORWARD_BATCH):
+            images = [pixels[place] for place in range(start, min(start + FORWARD_BATCH, len(pixels)))]
+            found.append(logits_of_views(images, preprocessing, record.tta, forward))
+    return torch.cat(found)
+
+
 def _kept_logits(
     run: Run, record: RunRecord, pixels: Pixels, split: str, precision: PrecisionPlan, device: torch.device
 ) -> torch.Tensor | None:
     """Return a linear probe's logits from features on disk, without its backbone in memory; None where that fails."""
     spec = find_model(record.model)
-    if not are_kept(record) or spec.origin == "own":
+    if not are_kept(record) or spec.origin == "own" or record.tta != "none":
         return None
     assert record.preprocessing is not None
     with torch.random.fork_rng(devices=[]), torch.device("meta"):

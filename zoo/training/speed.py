@@ -76,6 +76,16 @@ def plan_identity(plan: Plan, device: torch.device, training: bool) -> dict[str,
     }
 
 
+def to_input(
+    batch: np.ndarray[Any, np.dtype[np.uint8]],
+    preprocessing: Preprocessing,
+    precision: PrecisionPlan,
+    device: torch.device,
+) -> torch.Tensor:
+    """Return uint8 images (B, S, S, 3) as the network takes them: normalised, on the device, in the plan's order."""
+    return precision.place(normalise_tensor(torch.from_numpy(batch).to(device), preprocessing))
+
+
 def made_up_batch(count: int, image_size: int, classes: int) -> Batch:
     """Return a batch of noise as the loader gives it: uint8 (count, size, size, 3), labels and places."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, image_size, image_size, 3), dtype=np.uint8)

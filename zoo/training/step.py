@@ -9,18 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from zoo.data.loader import Batch, TrainBatches
+from zoo.data.loader import Batch, share
 from zoo.data.transforms import normalise_tensor
 from zoo.errors import ZooError
 from zoo.recipe import Recipe
 from zoo.runs import Preprocessing
+from zoo.training.boundary import Boundary
 from zoo.training.checkpoint import Progress
 from zoo.training.interruption import Interruption
 from zoo.training.loss import Criterion
@@ -37,7 +38,11 @@ class NonFiniteLossError(ZooError):
 
 @dataclass
 class Updater:
-    """Forward, backward and update: what one step of a recipe is, whoever asks for it."""
+    """Forward, backward and update: what one step of a recipe is, whoever asks for it.
+
+    network: what is called in place of the model, compiled or in several processes. boundary: where the network goes on
+    from activations that take the images' place.
+    """
 
     recipe: Recipe
     preprocessing: Preprocessing
@@ -52,6 +57,7 @@ class Updater:
     parts: int = 1
     scaler: torch.amp.GradScaler | None = None
     network: Callable[[torch.Tensor], torch.Tensor] | None = None
+    boundary: Boundary | None = None
 
     def __post_init__(self) -> None:
         self.mixup = _make_mixup(self.recipe, self.classes)
@@ -65,15 +71,21 @@ class Updater:
         over all processes, the mean loss of the update and the number of images that were right.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        counts = [len(labels) for _, labels, _ in batches]
+        if self.group.world > 1:
+            counts = [int(count) for count in self.group.total([float(each) for each in counts], self.device)]
+        # timm mixes a batch with its own reverse, which an odd one has not.
+        mixed = [self.mixup is not None and count % 2 == 0 for count in counts]
         alone = self.group.world == 1 and len(batches) == 1 and self.parts == 1
-        whole = None if alone else self._denominator(batches)
+        whole = None if alone else self._denominator(batches, mixed)
         loss_sum = torch.zeros((), device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         for place, (pixels, true, _) in enumerate(batches):
-            inputs = self._inputs(pixels, true, epoch, number + place, image_size)
+            inputs = self._inputs(pixels, true, step_seed(self.seed, epoch, number + place), image_size, mixed[place])
             pieces = list(zip(*(each.chunk(min(self.parts, len(true))) for each in inputs), strict=True))
+            noise = self.group.noise(share(counts[place], self.group.rank, self.group.world), counts[place])
             for piece, (images, targets, labels) in enumerate(pieces, 1):
-                with self._unsynced(last=place == len(batches) - 1 and piece == len(pieces)):
+                with noise, self._unsynced(last=place == len(batches) - 1 and piece == len(pieces)):
                     loss, right = self._backward(images, targets, labels, whole)
                 loss_sum += loss
                 hits += right
@@ -81,33 +93,29 @@ class Updater:
         return loss_sum, hits
 
     def _inputs(
-        self, pixels: torch.Tensor, labels: torch.Tensor, epoch: int, number: int, image_size: int
+        self, pixels: torch.Tensor, labels: torch.Tensor, seed: int, image_size: int, mixed: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # Dropout, drop-path and mixing follow from (seed, epoch, step) alone: no random state to keep.
-        seed = step_seed(self.seed, epoch, number)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed if self.group.leads else step_seed(seed, self.group.rank, 0))
+        torch.manual_seed(seed)
         labels = labels.to(self.device, non_blocking=True)
+        if self.boundary is not None:  # activations, kept where the frozen stages end
+            return pixels.to(self.device, non_blocking=True), labels, labels
         images = normalise_tensor(pixels.to(self.device, non_blocking=True), self.preprocessing)
         if image_size != images.shape[-1]:
             size = (image_size, image_size)
             images = functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
-        if self._mixes(len(labels)):
+        targets = labels
+        if mixed:
             images, targets = self.mixup(images, labels)
-        else:
-            targets = labels
         return images, targets, labels
 
-    def _mixes(self, count: int) -> bool:
-        return self.mixup is not None and count % 2 == 0  # timm mixes a batch with its own reverse
-
-    def _denominator(self, batches: list[Batch]) -> float:
+    def _denominator(self, batches: list[Batch], mixed: list[bool]) -> float:
         """Return what the sum of losses is divided by to be the mean over all batches and processes."""
         own = 0.0
-        for _, labels, _ in batches:
-            targets = labels.to(self.device)
-            own += len(labels) if self._mixes(len(labels)) else float(self.criterion.denominator(targets))
+        for (_, labels, _), soft in zip(batches, mixed, strict=True):
+            own += len(labels) if soft else float(self.criterion.denominator(labels.to(self.device)))
         return self.group.total([own], self.device)[0]
 
     def _unsynced(self, last: bool) -> AbstractContextManager[Any]:
@@ -119,8 +127,9 @@ class Updater:
         self, images: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, whole: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         network = self.network or self.model
-        with self.precision.autocast(self.device):
-            logits = network(self.precision.place(images))
+        starts = self.boundary.replay(self.model) if self.boundary is not None else nullcontext()
+        with self.precision.autocast(self.device), starts:
+            logits = network(self.precision.place(images) if self.boundary is None else images)
         if whole is None:
             loss = self.criterion(logits.float(), target)
         else:
@@ -144,6 +153,16 @@ class Updater:
             self.scaler.update()
 
 
+class Batches(Protocol):
+    """What an epoch's batches come from."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from number `start` on."""
+        ...
+
+
 @dataclass
 class EpochTrainer:
     """The updates of an epoch: counted, checked, told of, and saved now and then."""
@@ -162,7 +181,7 @@ class EpochTrainer:
         self.saved_at = time.perf_counter()
         self.whole = True  # whether model, optimiser and counters belong to the same moment
 
-    def epoch(self, batches: TrainBatches, epoch: int, image_size: int) -> dict[str, Any]:
+    def epoch(self, batches: Batches, epoch: int, image_size: int) -> dict[str, Any]:
         """Train what is left of an epoch; return its row of the history. The sums stay until the epoch is scored."""
         progress, group = self.progress, self.updater.group
         sums = progress.partial = {"loss": 0.0, "hits": 0.0, "images": 0.0, "seconds": 0.0, **progress.partial}

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from zoo.data.cache import Pixels, open_pixels
-from zoo.data.loader import TrainBatches
-from zoo.data.transforms import make_augment
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.metrics import METRIC_SIGN, selection_score
 from zoo.files import to_json, write_error, write_text
@@ -32,13 +31,15 @@ from zoo.training.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
+from zoo.training.derived import StateScorer, average_epochs
 from zoo.training.environment import device_name, versions
 from zoo.training.head import HeadTrainer
+from zoo.training.inputs import Inputs, make_inputs
 from zoo.training.interruption import Interruption
 from zoo.training.loss import make_criterion
 from zoo.training.parallel import Group, across, share_batch_norm
 from zoo.training.plan import Plan
-from zoo.training.precision import PrecisionPlan, begun_plan, choose_device, choose_workers, set_threads
+from zoo.training.precision import PrecisionPlan, begun_plan, choose_device, set_threads
 from zoo.training.scoring import write_scores
 from zoo.training.speed import FORWARD_BATCH, compiled, plan_precision
 from zoo.training.step import FINITE_FIX, EpochTrainer, NonFiniteLossError, Updater, make_ema
@@ -215,10 +216,11 @@ class Trainer:
     # The whole network on augmented images ----------------------------------------------------------------------
 
     def _train_network(self, model: nn.Module, phase: Phase) -> None:
-        batches = self._batches()
+        set_trained(model, trained_names(model, self.recipe, phase, phase.first_epoch))
+        inputs = self._inputs(model, phase)
         set_trained(model, None)
         share_batch_norm(model, self.group)
-        trainer = self._epoch_trainer(model, phase, len(batches))
+        trainer = self._epoch_trainer(model, phase, inputs)
         before: object = self
         try:
             for epoch in range(max(phase.first_epoch, self.progress.epoch + 1), phase.first_epoch + phase.epochs):
@@ -227,7 +229,7 @@ class Trainer:
                 if names != before:
                     trainer.updater.network = across(compiled(model, self.precision), self.group, self.device)
                     before = names
-                self._epoch(model, trainer, batches, phase, epoch)
+                self._epoch(model, trainer, inputs, phase, epoch)
                 if self._stopped_early:
                     break
         except KeyboardInterrupt:
@@ -235,41 +237,44 @@ class Trainer:
                 trainer.save()
             raise
         finally:
-            batches.close()
+            inputs.batches.close()
 
-    def _epoch(self, model: nn.Module, trainer: EpochTrainer, batches: TrainBatches, phase: Phase, epoch: int) -> None:
+    def _inputs(self, model: nn.Module, phase: Phase) -> Inputs:
+        def on_batch(done: int, total: int) -> None:
+            self.on_tick(Tick(self.plan.run.name, "frozen stages", done, total))
+
+        return make_inputs(
+            self.plan,
+            model,
+            self.train_pixels,
+            self.val_pixels,
+            self.precision,
+            self.device,
+            self.group,
+            self.folder,
+            phase.epochs,
+            on_batch,
+        )
+
+    def _epoch(self, model: nn.Module, trainer: EpochTrainer, inputs: Inputs, phase: Phase, epoch: int) -> None:
         size = image_size_of(self.recipe, phase, epoch, self.plan.preprocessing.image_size)
-        row = trainer.epoch(batches, epoch, size)
+        row = trainer.epoch(inputs.batches, epoch, size)
         scored = trainer.ema.module if trainer.ema is not None else model
-        logits = self._val_logits(scored)
+        logits = self._val_logits(scored, inputs)
         with self.interruption.step():
             trainer.whole = False
             self._after_epoch(row, logits, functools.partial(_copy, scored))
+            self._keep_epoch(row["epoch"], scored)
             trainer.whole = True
             trainer.save()
             trainer.saved_at = time.perf_counter()
-        self._told("network", len(batches), row)
+        self._told("network", len(inputs.batches), row)
         self.interruption.check()
 
-    def _batches(self) -> TrainBatches:
-        recipe, plan = self.recipe, self.plan
-        augment = make_augment(recipe.policy, recipe.augment.transforms, plan.preprocessing.image_size, plan.seed)
-        return TrainBatches(
-            self.train_pixels,
-            augment,
-            min(recipe.finetune.batch_size, len(self.train_pixels)),
-            plan.seed,
-            choose_workers(recipe.workers, self.device),
-            pin_memory=self.device.type == "cuda",
-            balanced=recipe.finetune.sampler == "balanced",
-            rank=self.group.rank,
-            world=self.group.world,
-        )
-
-    def _epoch_trainer(self, model: nn.Module, phase: Phase, batches: int) -> EpochTrainer:
+    def _epoch_trainer(self, model: nn.Module, phase: Phase, inputs: Inputs) -> EpochTrainer:
         recipe, progress = self.recipe, self.progress
         optimizer = make_optimizer(model, recipe)
-        updates = -(-batches // recipe.finetune.accumulate)
+        updates = -(-len(inputs.batches) // recipe.finetune.accumulate)
         scheduler = make_scheduler(optimizer, recipe, phase.epochs, updates)
         ema = make_ema(model, recipe.finetune.ema_decay)
         scaler = self.precision.scaler(self.device)
@@ -295,6 +300,7 @@ class Trainer:
             self.group,
             progress.parts,
             scaler,
+            boundary=inputs.train_boundary,
         )
         return EpochTrainer(
             updater,
@@ -307,15 +313,41 @@ class Trainer:
             60 * recipe.checkpoint_minutes,
         )
 
-    def _val_logits(self, model: nn.Module) -> torch.Tensor:
+    def _val_logits(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Return the logits of val, which the first process computes for all."""
-        logits = None
-        if self.group.leads:
-            _, logits = feature_cache.forward_pixels(
-                model, self.val_pixels, self.plan.preprocessing, self.precision, self.device
-            )
-        found: torch.Tensor = self.group.shared(logits)
+        found: torch.Tensor = self.group.shared(inputs.val_logits(model) if self.group.leads else None)
         return found
+
+    def _keep_epoch(self, epoch: int, model: nn.Module) -> None:
+        """Keep an epoch's weights beside the checkpoint where they will be averaged: the last few."""
+        average = self.recipe.average
+        if average.method == "none" or not self.group.leads:
+            return
+        name = f"average-{epoch:05d}"
+        self.kept[name] = keep_tensors(self.folder, name, _copy(model))
+        for old in sorted(key for key in self.kept if key.startswith("average-"))[: -(average.last_epochs or 2)]:
+            del self.kept[old]
+
+    def _average(self, model: nn.Module) -> list[str]:
+        """Take the average of epochs where val scores it no worse than the best of them; return what is to be said."""
+        method, metric = self.recipe.average.method, self.recipe.finetune.metric
+        names = sorted(key for key in self.kept if key.startswith("average-"))
+        if not names:
+            return []
+        scorer = StateScorer(self.plan, model, self.train_pixels, self.val_pixels, self.precision, self.device)
+        by_epoch = {row["epoch"]: row[f"val_{metric}"] for row in self.progress.history}
+        values = {name: by_epoch[int(name.removeprefix("average-"))] for name in names}
+        loads = {name: functools.partial(load_file, self.folder / self.kept[name].file) for name in names}
+        chosen, value = average_epochs(scorer, method, loads, values, metric)
+        epochs = ", ".join(str(int(name.removeprefix("average-"))) for name in sorted(chosen))
+        best, sign = self.progress.best_value, METRIC_SIGN.get(metric, 1)
+        said = f"{method} of epochs {epochs}: val {metric} {value:.4f}"
+        if best is not None and not (math.isfinite(value) and sign * value >= sign * best):
+            return [f"{said}, worse than epoch {self.progress.best_epoch}'s {best:.4f}, which is kept"]
+        logits = scorer.logits(scorer.state(), averaged=False)
+        self._score({"epoch": self.progress.epoch}, logits)
+        self.best, self.best_logits = scorer.state(), logits
+        return [f"{said}, kept in place of epoch {self.progress.best_epoch}"]
 
     def _save(self, updater: Updater, ema: Any) -> None:
         """Write a checkpoint; signals wait for its end."""
@@ -410,6 +442,7 @@ class Trainer:
     def _finish(self, model: nn.Module, note: str) -> None:
         """Write weights, history and val's scores, and last the record."""
         run, progress = self.plan.run, self.progress
+        averaged = self._average(model)
         save_tensors(run.weights_file, self.best)
         self._write_history()
         record = self.plan.record(
@@ -431,7 +464,7 @@ class Trainer:
             threads=self.threads,
             processes=self.group.world,
             versions=versions(),
-            notes=[*([note] if note else []), *self._notes()],
+            notes=[*([note] if note else []), *self._notes(), *averaged],
         )
         write_scores(run, record, self.val_pixels, "val", self.best_logits)
         run.write_record(record)

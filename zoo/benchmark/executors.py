@@ -1,0 +1,434 @@
+"""The runs of a benchmark, one after the other or side by side in processes; the results are in the plan's order."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+from zoo.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, ZooError, one_line
+from zoo.files import digest_of
+from zoo.models.spec import load_plugins, own_models
+from zoo.runs import Run, RunRecord
+from zoo.training.loop import OnTick, Tick, train_plan
+from zoo.training.plan import Plan
+from zoo.training.precision import cores
+from zoo.training.scoring import evaluate
+
+GRACE_S = 30.0  # for a process that was asked to stop; saving its state takes at most a third
+ORPHAN_S = 12.0  # for a process whose parent is gone
+TICK_S = 0.1  # between two signs of life of one epoch
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a benchmark tells of itself: run `number` of `total` begins, ends or fails."""
+
+    number: int
+    total: int
+    run: str
+    state: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run: itself, or the record of its failure, and how that is told."""
+
+    result: Run | RunRecord
+    state: str
+    detail: str
+
+
+OnStep = Callable[[Step], None]
+Planned = Plan | RunRecord
+
+
+def check_jobs(jobs: int) -> int:
+    """Return the number of processes; raises ZooError for none, or more than this machine could bear."""
+    most = max(16, 4 * cores())
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or not 1 <= jobs <= most:
+        raise ZooError(f"jobs must be from 1 to {most} on this machine of {cores()} cores. Got {one_line(jobs)}")
+    if jobs > 1 and os.name != "posix":
+        raise ZooError("jobs must be 1 on this system; more are offered on Linux and macOS")
+    return jobs
+
+
+def run_all(
+    steps: Sequence[Planned], jobs: int, bad_images: str | None, on_tick: OnTick | None, tell: OnStep
+) -> list[Run | RunRecord]:
+    """Train every planned run and score it on test, `jobs` at a time; a run that fails is the record of its failure.
+
+    Raises Interrupted after Ctrl-C or SIGTERM, when every run has saved its state.
+    """
+    open_runs = [number for number, step in enumerate(steps) if isinstance(step, Plan) and not _is_done(step)]
+    jobs = min(jobs, sum(not _only_here(steps[number]) for number in open_runs))
+    if jobs < 2:
+        return [_run_here(steps, number, bad_images, on_tick, tell) for number in range(len(steps))]
+    return run_in_processes(steps, jobs, bad_images, on_tick, tell)
+
+
+def _run_here(
+    steps: Sequence[Planned], number: int, bad_images: str | None, on_tick: OnTick | None, tell: OnStep
+) -> Run | RunRecord:
+    step, place = steps[number], (number + 1, len(steps))
+    if isinstance(step, RunRecord):
+        tell(Step(*place, step.run, "failed", step.reason or ""))
+        return step
+    tell(Step(*place, step.run.name, "begins"))
+    outcome = train_and_score(step, bad_images, on_tick)
+    tell(Step(*place, step.run.name, outcome.state, outcome.detail))
+    return outcome.result
+
+
+def train_and_score(plan: Plan, bad_images: str | None, on_tick: OnTick | None) -> Outcome:
+    """Train a run and score it on test; what the user can mend is a failed record, Interrupted is raised."""
+    state = "reused" if plan.run.finished else "finished"
+    try:
+        run = train_plan(plan, on_tick)
+        metrics = evaluate(run, "test", plan.home, bad_images=bad_images)
+    except Interrupted:
+        raise
+    except ZooError as error:
+        return Outcome(plan.record("failed", str(error)), "failed", str(error))
+    return Outcome(run, state, f"test top1 {metrics['top1']:.3f}")
+
+
+def _is_done(plan: Plan) -> bool:
+    return plan.run.finished and plan.run.weights_file.is_file() and plan.run.scored("test")
+
+
+def _only_here(step: Planned) -> bool:
+    """Return whether a run's network was registered in this Python and not by ZOO_PLUGINS, as for other processes."""
+    if isinstance(step, RunRecord) or step.spec.origin != "own":
+        return False
+    own = own_models.get(step.spec.arch)
+    return own is None or not str(getattr(own.build, "__module__", "")).startswith("zoo_plugin_")
+
+
+# Side by side: what the parent does ----------------------------------------------------------------------------
+
+
+def run_in_processes(
+    steps: Sequence[Planned], jobs: int, bad_images: str | None, on_tick: OnTick | None, tell: OnStep
+) -> list[Run | RunRecord]:
+    """Train and score runs in `jobs` processes at a time; arguments and results as those of `run_all`.
+
+    A process that dies is a failed run, and another takes its place. Runs whose network no other process can know
+    come last, here. Each process has its share of the cores, and of several CUDA devices one.
+    """
+    results: dict[int, Run | RunRecord] = {}
+    here: list[int] = []
+    for number, step in enumerate(steps):
+        if isinstance(step, RunRecord) or _is_done(step):
+            results[number] = _run_here(steps, number, bad_images, on_tick, tell)
+        elif _only_here(step):
+            here.append(number)
+            why = "its network is registered in this Python alone: it is trained here, after the others"
+            tell(Step(number + 1, len(steps), step.run.name, "waits", why))
+    others = [number for number in range(len(steps)) if number not in results and number not in here]
+    crew = _Crew(steps, others, jobs, bad_images, on_tick or (lambda _: None), tell, results)
+    try:
+        crew.work()
+    except KeyboardInterrupt as stop:
+        crew.stop()
+        code = getattr(stop, "exit_code", EXIT_SIGINT)
+        raise Interrupted("interrupted; every run has saved its state, the same command goes on", code) from None
+    finally:
+        crew.stop()
+    for number in here:
+        results[number] = _run_here(steps, number, bad_images, on_tick, tell)
+    return [results[number] for number in range(len(steps))]
+
+
+@dataclass
+class _Worker:
+    """A process that trains one run after another, and the one that it is at."""
+
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    ready: bool = False
+    number: int | None = None
+
+
+@dataclass
+class _Crew:
+    """The processes, and what is to be done."""
+
+    steps: Sequence[Planned]
+    waiting: list[int]
+    jobs: int
+    bad_images: str | None
+    on_tick: OnTick
+    tell: OnStep
+    results: dict[int, Run | RunRecord]
+    workers: list[_Worker] = field(default_factory=list)
+    prepared: set[int] = field(default_factory=set)
+    hired: int = 0
+
+    def __post_init__(self) -> None:
+        self.waiting = list(self.waiting)
+        self.kinds = {number: _kind(self.steps[number]) for number in self.waiting}
+        self.devices = _devices(self.steps)
+
+    def work(self) -> None:
+        """Return when every run has its result."""
+        while self.waiting or any(worker.number is not None for worker in self.workers):
+            while len(self.workers) < min(self.jobs, len(self.waiting) + self._busy()):
+                self._hire()
+            for worker in self.workers:
+                if worker.ready and worker.number is None:
+                    self._give_work(worker)
+            heard = wait([worker.connection for worker in self.workers], timeout=0.5)
+            for worker in list(self.workers):
+                alive = worker.connection not in heard or self._hear(worker)
+                # A killed process's own loading processes may hold its end of the connection for a while.
+                if not alive or worker.process.poll() is not None:
+                    self._bury(worker)
+        for worker in self.workers:
+            with suppress(OSError):
+                worker.connection.send(None)
+
+    def _busy(self) -> int:
+        return sum(worker.number is not None for worker in self.workers)
+
+    def _hire(self) -> None:
+        device = self.devices[self.hired % len(self.devices)] if self.devices else None
+        self.hired += 1
+        self.workers.append(_start(max(1, cores() // self.jobs), device))
+
+    def _give_work(self, worker: _Worker) -> None:
+        """Give the next run for which no other process prepares just now what both need."""
+        busy = {
+            self.kinds[each.number]
+            for each in self.workers
+            if each.number is not None and each.number not in self.prepared
+        }
+        number = next((number for number in self.waiting if self.kinds[number] not in busy), None)
+        if number is None:
+            return
+        with suppress(OSError):  # a process that has just died is found by the caller
+            worker.connection.send(number)
+            self.waiting.remove(number)
+            worker.number = number
+            self._tell(number, "begins")
+
+    def _hear(self, worker: _Worker) -> bool:
+        """Take in what a process says; return whether it may say more."""
+        while True:
+            try:
+                if not worker.connection.poll(0):
+                    return True
+                kind, value = worker.connection.recv()
+                if kind == "ready":
+                    worker.connection.send((list(self.steps), self.bad_images))
+            except (EOFError, OSError):
+                return False
+            if kind == "ready":
+                worker.ready = True
+            elif kind == "tick":
+                if value.epoch >= 1 and worker.number is not None:
+                    self.prepared.add(worker.number)
+                self.on_tick(value)
+            elif kind == "interrupted":
+                raise Interrupted(*value)
+            elif kind == "broken":
+                raise RuntimeError(f"a process of the benchmark broke:\n{value}")
+            elif worker.number is not None:
+                self._settle(worker, value)
+
+    def _settle(self, worker: _Worker, outcome: Outcome) -> None:
+        assert worker.number is not None
+        number, worker.number = worker.number, None
+        self.results[number] = outcome.result
+        self._tell(number, outcome.state, outcome.detail)
+
+    def _tell(self, number: int, state: str, detail: str = "") -> None:
+        step = self.steps[number]
+        name = step.run if isinstance(step, RunRecord) else step.run.name
+        self.tell(Step(number + 1, len(self.steps), name, state, detail))
+
+    def _bury(self, worker: _Worker) -> None:
+        """A process has ended: what it was at failed."""
+        self._hear(worker)
+        code = _ended(worker.process, GRACE_S)
+        worker.connection.close()
+        self.workers.remove(worker)
+        reason = _death(code)
+        if worker.number is None and not worker.ready:
+            raise ZooError(f"a process of the benchmark cannot start: {reason}; see what it says above, or use jobs=1")
+        if worker.number is None:
+            return
+        plan = self.steps[worker.number]
+        assert isinstance(plan, Plan)
+        record = plan.record("failed", reason)
+        if plan.run.path.is_dir() and not plan.run.finished:
+            with suppress(ZooError):
+                plan.run.write_record(record)
+        self._settle(worker, Outcome(record, "failed", reason))
+
+    def stop(self) -> None:
+        """Close every connection, by which the processes know that they must save and leave; kill what stays."""
+        workers, self.workers = self.workers, []
+        for worker in workers:
+            worker.connection.close()
+        until = time.monotonic() + GRACE_S
+        try:
+            for worker in workers:
+                _ended(worker.process, until - time.monotonic())
+        finally:  # a second Ctrl-C does not wait
+            for worker in workers:
+                _ended(worker.process, 0.0)
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> int:
+    try:
+        return process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def _death(code: int) -> str:
+    if code >= 0:
+        return f"its process ended with exit code {code}"
+    memory = ", perhaps out of memory" if -code == signal.SIGKILL else ""
+    return f"its process was killed by signal {-code}{memory}"
+
+
+def _kind(step: Planned) -> str:
+    """Return what runs have in common of which the first measures or computes what the others find ready.
+
+    That is the precision plan, and for a head the features; seeds of one recipe are of one kind.
+    """
+    assert isinstance(step, Plan)
+    recipe = step.recipe
+    facts = [step.spec.name, step.network, recipe.model.options, step.weights.sha256 if step.weights else None]
+    return digest_of([*facts, step.preprocessing.identity, recipe.precision, recipe.finetune.batch_size])
+
+
+def _devices(steps: Sequence[Planned]) -> list[str]:
+    """Return the CUDA devices to deal out, none where there is one or a recipe names its own."""
+    named = any(isinstance(step, Plan) and ":" in step.recipe.device for step in steps)
+    count = 0 if named or not torch.cuda.is_available() else torch.cuda.device_count()
+    given = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+    names = (given or [str(number) for number in range(count)])[:count]
+    return names if len(names) > 1 else []
+
+
+def _start(threads: int, device: str | None) -> _Worker:
+    """Start a process. Not by multiprocessing, which would import the caller's script and knows one environment."""
+    import socket
+
+    ours, theirs = socket.socketpair()
+    own = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(threads, int(own)) if own.isdecimal() and int(own) > 0 else threads
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    environment = {**os.environ, **dict.fromkeys(names, str(threads)), "NO_ALBUMENTATIONS_UPDATE": "1"}
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from zoo.benchmark.executors import serve; "
+    command = [sys.executable, "-P", "-c", f"{code}serve(int(sys.argv[1]), {threads})"]
+    try:
+        process = subprocess.Popen(
+            [*command, str(theirs.fileno()), json.dumps(sys.path)],
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # standard output is the table's, or one JSON document's
+        )
+    except OSError as error:
+        ours.close()
+        raise ZooError(f"cannot start a process: {one_line(error.strerror or error)}; use fewer jobs") from error
+    finally:
+        theirs.close()
+    return _Worker(process, Connection(ours.detach()))
+
+
+# Side by side: what each process does --------------------------------------------------------------------------
+
+
+class _Stopped(KeyboardInterrupt):
+    """The benchmark ends: as SIGTERM to the process."""
+
+    exit_code = EXIT_SIGTERM
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise _Stopped
+
+
+def serve(descriptor: int, threads: int) -> None:
+    """Train and score the runs whose numbers come over a connection until it closes; a process's whole life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent tells when to stop
+    signal.signal(signal.SIGTERM, _stop)
+    read_signals, write_signals = os.pipe()
+    os.set_blocking(write_signals, False)
+    signal.set_wakeup_fd(write_signals)
+    connection = Connection(descriptor)
+    orders: queue.Queue[Any] = queue.Queue()
+    try:
+        torch.set_num_threads(threads)
+        load_plugins()
+        connection.send(("ready", None))
+        threading.Thread(target=_listen, args=(connection, orders, read_signals), daemon=True).start()
+        steps, bad_images = orders.get()
+        while (number := orders.get()) is not None:
+            _serve_one(connection, steps[number], bad_images)
+    except ConnectionError:
+        sys.exit(EXIT_SIGTERM)  # the parent was gone before the other thread could see it
+    except (KeyboardInterrupt, Interrupted) as stop:
+        _send(connection, "interrupted", (str(stop) or "interrupted", EXIT_SIGTERM))
+        sys.exit(EXIT_SIGTERM)
+    except Exception:
+        _send(connection, "broken", traceback.format_exc())
+        sys.exit(1)
+
+
+def _serve_one(connection: Connection, plan: Plan, bad_images: str | None) -> None:
+    last = (0.0, "", 0)
+
+    def on_tick(tick: Tick) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if tick.done >= tick.total or (tick.phase, tick.epoch) != last[1:] or now - last[0] >= TICK_S:
+            last = (now, tick.phase, tick.epoch)
+            _send(connection, "tick", tick)
+
+    _send(connection, "done", train_and_score(plan, bad_images, on_tick))
+
+
+def _send(connection: Connection, kind: str, value: Any) -> None:
+    with suppress(OSError):  # the parent is gone, which the other thread has seen too
+        connection.send((kind, value))
+
+
+def _listen(connection: Connection, orders: queue.Queue[Any], signals: int) -> None:
+    """Pass orders on; where the parent has closed the connection, or is dead, stop this process within 12 s."""
+    try:
+        while True:
+            order = connection.recv()
+            orders.put(order)
+            if order is None:
+                return
+    except (EOFError, OSError):
+        # A second signal would give up the step that the first one lets end: one to the whole group has come already.
+        if not select.select([signals], [], [], 0)[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_S)
+        os._exit(EXIT_SIGTERM)

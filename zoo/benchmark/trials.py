@@ -1,0 +1,172 @@
+"""The trials of a study, one after the other in this process: each a run in a folder of its own."""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from zoo.benchmark.executors import OnStep, Step
+from zoo.benchmark.study import Claim, Study
+from zoo.data.manifest import Dataset
+from zoo.errors import Interrupted, ZooError
+from zoo.files import Home
+from zoo.recipe import Recipe
+from zoo.training.loop import OnTick, StopRun, train_plan
+from zoo.training.plan import Plan, make_plan
+
+_POLL_S = 0.2  # while other processes have all trials that are left
+_MOST_DEATHS = 5  # of processes in one epoch of a trial
+
+
+@dataclass(frozen=True)
+class Job:
+    """What each process that works on a study has to know."""
+
+    recipe: Recipe
+    dataset: Dataset
+    seed: int
+    root: Home
+    folder: Path
+    trials: int
+    pruner: str
+    offline: bool
+    bad_images: str | None
+
+
+def work(job: Job, study: Study, deadline: float | None, on_tick: OnTick, tell: OnStep) -> None:
+    """Train trials until the study has as many as are wanted, all ended; after the deadline none begins."""
+    begun = False
+    while not begun or deadline is None or time.monotonic() < deadline:
+        claim = study.claim(job.trials)
+        if claim is None:
+            if all(trial.state.is_finished() for trial in study.frozen()):
+                return
+            time.sleep(_POLL_S)  # another process has it; should that one die, the trial is to be had
+            begun = True
+            continue
+        begun = True
+        try:
+            _Trial(job, study, claim, on_tick, tell).run()
+        finally:
+            claim.release()
+
+
+class _Trial:
+    """One trial in progress, held by this process."""
+
+    def __init__(self, job: Job, study: Study, claim: Claim, on_tick: OnTick, tell: OnStep) -> None:
+        self.job, self.study, self.claim, self.on_step = job, study, claim, tell
+        dataset, recipe, digest = study.folder.name.split("--")
+        self.label = f"{dataset}--{recipe}--t{claim.number}--{digest}"
+        self.on_tick = lambda tick: on_tick(replace(tick, run=self.label))
+        self.started = time.monotonic()
+        begun = study.frozen()[claim.number]
+        self.seconds_before = float(begun.user_attrs.get("seconds", 0.0))
+        self.seen = set(begun.intermediate_values)
+
+    def tell(self, state: str, detail: str = "") -> None:
+        """Say what became of it."""
+        self.on_step(Step(self.claim.number + 1, self.job.trials, self.label, state, detail))
+
+    def run(self) -> None:
+        """Train it, and end it as complete, pruned or failed; an interrupted one stays as it is."""
+        study, number = self.study, self.claim.number
+        self.tell("begins")
+        if self.claim.deaths >= _MOST_DEATHS:
+            self._end("failed", reason=f"its process died {self.claim.deaths} times in one epoch, for want of memory?")
+            return
+        try:
+            recipe = study.space.recipe if self.claim.first else study.space.recipe_of(self.claim.params)
+        except ZooError as error:
+            self._end("pruned", reason=str(error).partition(": ")[2])
+            return
+        try:
+            plan = self._plan(recipe)
+            study.note(number, digest=plan.digest, run=plan.run.name)
+            if not self._twin(plan.digest):
+                self._train(plan)
+        except StopRun:
+            self._end("pruned", reason=f"not among the best after epoch {max(self.seen)}")
+        except Interrupted:
+            study.note(number, seconds=self._seconds(), died=[-1, len(self.seen)])
+            raise
+        except ZooError as error:
+            if isinstance(error.__cause__, OSError):
+                raise  # a full disk or an image that is gone is no fault of the trial, which goes on once it is mended
+            self._end("failed", reason=str(error))
+            gc.collect()  # of a trial that was out of memory
+
+    def _plan(self, recipe: Recipe) -> Plan:
+        """Return the plan of a run that lies, with its lock, in the trial's folder: two trials may be of one recipe."""
+        job = self.job
+        plan = make_plan(
+            recipe,
+            job.dataset,
+            job.seed,
+            job.root,
+            offline=job.offline,
+            bad_images=job.bad_images,
+            accept_leaks=True,  # the study was refused where that was not wanted
+        )
+        return replace(plan, place=self.claim.folder, home=Home(self.claim.folder))
+
+    def _twin(self, digest: str) -> bool:
+        """End the trial as one of the same recipe did, where there is one; the same would come out again."""
+        ended = [row for row in self.study.rows() if row["state"] in ("complete", "pruned")]
+        twin = next((row for row in ended if row["digest"] == digest), None)
+        if twin is None:
+            return False
+        for epoch, value in self.study.frozen()[twin["number"]].intermediate_values.items():
+            self.study.report(self.claim.number, epoch, value)
+        value = twin["value"] if twin["state"] == "complete" else None
+        self._end(twin["state"], value, reason=f"the same recipe as trial {twin['number']}")
+        return True
+
+    def _train(self, plan: Plan) -> None:
+        # What was killed between an epoch and the look at it is looked at now.
+        self._look(plan.run.history())
+        if self.seen and not self.claim.first and self.study.should_prune(self.claim.number):
+            raise StopRun
+        run = train_plan(plan, self.on_tick, lambda row: self._look([*plan.run.history(), row]))
+        self._look(run.history(), prune=False)
+        value = run.metrics("val").get(self.study.metric)
+        if value is None or not math.isfinite(value):
+            self._end("failed", reason=f"val cannot define {self.study.metric}; set another finetune.metric")
+        else:
+            self._end("complete", float(value))
+            self.study.tidy()
+
+    def _look(self, rows: list[dict[str, Any]], prune: bool = True) -> None:
+        """Report epochs that are not reported yet; raises StopRun where the pruner gives the trial up."""
+        epochs = self.job.recipe.finetune.epochs
+        for row in rows:
+            value = row.get(f"val_{self.study.metric}")
+            if row["epoch"] in self.seen or value is None or not math.isfinite(value):
+                continue
+            self.seen.add(row["epoch"])
+            self.study.report(self.claim.number, row["epoch"], value)
+            stop = prune and self.study.should_prune(self.claim.number)
+            if stop and not self.claim.first and row["epoch"] < epochs:
+                raise StopRun
+
+    def _seconds(self) -> float:
+        return round(self.seconds_before + time.monotonic() - self.started, 2)
+
+    def _end(self, state: str, value: float | None = None, reason: str | None = None) -> None:
+        before = self.study.best()
+        self.study.end(self.claim.number, state, value, seconds=self._seconds(), reason=reason)
+        shutil.rmtree(self.claim.folder / "models", ignore_errors=True)  # where the run's lock was
+        if state != "complete":
+            for checkpoint in self.claim.folder.glob("*/checkpoint"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        shown = reason or ""
+        if value is not None:
+            sign = self.study.sign
+            best = before is None or sign * value > sign * before["value"]
+            shown = f"val {self.study.metric} {value:.4f}{', the best so far' if best else ''}"
+        self.tell(state, shown)

@@ -1,0 +1,129 @@
+"""Hyperparameter search: trials of a recipe, each a run of its own, proposed by TPE and given up early by val alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import partial
+from typing import Any
+
+from zoo.benchmark.crew import work_side_by_side
+from zoo.benchmark.executors import OnStep
+from zoo.benchmark.space import Space, plain_table, probes, space_of
+from zoo.benchmark.study import Study, check_pruner, need_optuna, until
+from zoo.benchmark.trials import Job, work
+from zoo.benchmark.tuned import Tuned, bench_command, check_target, finish
+from zoo.data.manifest import Dataset, load_dataset
+from zoo.errors import Interrupted, ZooError, one_line
+from zoo.files import Home, check_writable, digest_of, home
+from zoo.recipe import Recipe, full_key, load_recipe, parse_recipe
+from zoo.training.loop import OnTick
+from zoo.training.plan import Plan, make_plan
+
+TUNE_VERSION = 1
+_PLANNED = ("model.", "augment.", "precision", "finetune.strategy", "finetune.layer_decay", "finetune.freeze")
+
+
+def tune(
+    recipe: Recipe | str,
+    data: Dataset | str,
+    trials: int = 20,
+    seed: int = 0,
+    root: Home | None = None,
+    *,
+    overrides: dict[str, Any] | None = None,
+    timeout: float | None = None,
+    jobs: int = 1,
+    pruner: str = "halving",
+    name: str | None = None,
+    offline: bool = False,
+    bad_images: str | None = None,
+    accept_leaks: bool = False,
+    on_tick: OnTick | None = None,
+    on_step: OnStep | None = None,
+) -> Tuned:
+    """Search a recipe's `[search]` space on train and val, and write the best recipe to `recipes/`.
+
+    trials: that the study has in all when it ends, those of earlier calls included; the first is the recipe as it is.
+    overrides: of a recipe that is named, as `--set` gives them. timeout: seconds after which no other trial begins.
+    jobs: processes at once; other calls with the same arguments join in. pruner: `halving`, `hyperband` or `none`.
+    name: of the recipe to write; left out, `<recipe>-tuned`.
+
+    The study lies in `models/tune/<dataset>--<recipe>--<digest8>/`; the same call goes on after an interruption or a
+    kill. The test split is never opened. Raises ZooError, before any work, for a wrong space or argument; where every
+    trial failed; and Interrupted after Ctrl-C.
+    """
+    root = root or home()
+    need_optuna()
+    _check_arguments(trials, timeout, jobs, pruner)
+    asked = recipe if isinstance(recipe, str) else recipe.name
+    recipe = load_recipe(recipe, overrides, root) if isinstance(recipe, str) else recipe
+    space = space_of(recipe)
+    dataset = load_dataset(data, root) if isinstance(data, str) else data
+    known: dict[str, Any] = {"offline": offline, "bad_images": bad_images}
+    plan = make_plan(recipe, dataset, seed, root, accept_leaks=accept_leaks, **known)
+    _check_plans(space, plan, known)
+    facts = [TUNE_VERSION, plan.digest, recipe.finetune.metric, space.spaces, seed, pruner]
+    folder = root.root / "models" / "tune" / f"{dataset.name}--{recipe.name}--{digest_of(facts)[:8]}"
+    check_writable(folder)
+    study = Study(folder, space, seed, pruner)
+    check_target(study, root, name)
+    job = Job(recipe, dataset, seed, root, folder, trials, pruner, offline, bad_images)
+    tick, tell = on_tick or (lambda _: None), on_step or (lambda _: None)
+    deadline = until(timeout)
+    try:
+        if jobs == 1:
+            work(job, study, deadline, tick, tell)
+        else:
+            work_side_by_side(job, study, jobs, deadline, tick, tell)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        ended = f"{study.ended()} of {trials} trials have ended"
+        raise Interrupted(
+            f"interrupted: {ended}; the study goes on with the same command", getattr(stop, "exit_code", 130)
+        ) from None
+    kept = {key: value for key, value in (overrides or {}).items() if full_key(key) not in space.spaces}
+    command = partial(bench_command, dataset.name, asked, kept)
+    return finish(study, plan, trials, root, name, command)
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of `90s`, `30m`, `1.5h`, `2d`, or of a plain number; raises ZooError for anything else.
+
+    >>> parse_duration("30m"), parse_duration("90")
+    (1800.0, 90.0)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([smhd]?)", text.strip())
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else math.nan
+    if not 0 < seconds < math.inf:
+        raise ZooError(
+            f"a time must be a number above 0 and a unit of s, m, h or d, such as 30m. Got {one_line(text)!r}"
+        )
+    return seconds
+
+
+def _check_arguments(trials: int, timeout: float | None, jobs: int, pruner: str) -> None:
+    if trials < 1:
+        raise ZooError(f"trials must be at least 1. Got {trials}")
+    if timeout is not None and not 0 < timeout < math.inf:
+        raise ZooError(f"the timeout must be seconds above 0. Got {timeout}")
+    if not 1 <= jobs <= 256:
+        raise ZooError(f"jobs must be from 1 to 256. Got {jobs}")
+    check_pruner(pruner)
+
+
+def _check_plans(space: Space, plan: Plan, known: dict[str, Any]) -> None:
+    """Plan each choice and end of range that network, weights and augmentation depend on; nothing is trained."""
+    faults, table = [], plain_table(space.recipe)
+    for key, value in probes(space):
+        if not key.startswith(_PLANNED):
+            continue
+        try:
+            recipe = parse_recipe(table, space.recipe.name, {key: value})
+        except ZooError:
+            continue  # it goes with other values of other keys alone
+        try:
+            make_plan(recipe, plan.dataset, plan.seed, plan.home, accept_leaks=True, **known)
+        except ZooError as error:
+            faults.append(f"{key!r} = {one_line(value, 60)}: {error}")
+    if faults:
+        raise ZooError(f"the search space of recipe {space.recipe.name!r} cannot be trained: " + "; ".join(faults))
