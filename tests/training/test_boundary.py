@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from zoo.data.cache import open_pixels
-from zoo.data.loader import epoch_order
+from zoo.data.loader import epoch_order, fixed_batches
 from zoo.models.registry import create_model, find_model
-from zoo.training.boundary import Boundary, example_of, find_boundary, images_stay
+from zoo.training.boundary import Boundary, find_boundary
 from zoo.training.features import forward_pixels
 from zoo.training.plan import make_plan
 from zoo.training.precision import PrecisionPlan
+from zoo.training.speed import to_input
 from zoo.training.strategy import layer_groups, set_trained
 
 CPU = torch.device("cpu")
@@ -196,9 +197,8 @@ def test_kept_activations_give_what_the_images_give(trained, make_recipe, tmp_pa
     pixels = open_pixels(plan.dataset, "train", plan.preprocessing)
     model, _ = build(name, 2)
     model = model.to(memory_format=precision.memory_format)
-    example = example_of(pixels, plan, precision, CPU)
-    assert example.shape == (4, 3, *[options["model__image_size"]] * 2)
-    found = find_boundary(model, example, precision, CPU)
+    batch = next(fixed_batches(pixels, plan.preprocessing.image_size, 4))
+    found = find_boundary(model, to_input(batch, plan.preprocessing, precision, CPU), precision, CPU)
     assert found is not None
     seen = []
     kept = found.activations(
@@ -242,15 +242,3 @@ def test_what_pays_follows_from_counts_alone(monkeypatch):
     assert not wide.pays(1000, 10, CPU)
     monkeypatch.setenv("ZOO_CACHE_GB", "inf")
     assert wide.pays(1000, 10, CPU) and not wide.pays((8 << 30) // wide.bytes_per_image + 1, 10, CPU)
-
-
-def test_only_images_that_nothing_changes_stay(make_recipe):
-    plain = {"augment__policy": "none"}
-    assert images_stay(make_recipe(**plain))
-    for change in (
-        {"augment__policy": "light"},
-        {**plain, "augment__mixup": 0.2},
-        {**plain, "augment__cutmix": 0.2},
-        {**plain, "finetune__image_sizes": [16, 32]},
-    ):
-        assert not images_stay(make_recipe(**change))

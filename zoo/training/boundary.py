@@ -22,7 +22,6 @@ from zoo.data.cache import Pixels
 from zoo.data.loader import fixed_batches
 from zoo.data.room import cache_limit
 from zoo.data.transforms import normalise_tensor
-from zoo.recipe import Recipe
 from zoo.training.features import FORWARD_BATCH, OnBatch, array_name, digest_tensors
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan
@@ -179,19 +178,6 @@ class Activations:
 
 
 # Finding it ---------------------------------------------------------------------------------------------------------
-
-
-def images_stay(recipe: Recipe) -> bool:
-    """Return whether a recipe's training images are the same in every epoch, as those of val always are."""
-    augment = recipe.augment
-    plain = recipe.policy == "none" and not augment.transforms and not augment.mixup and not augment.cutmix
-    return plain and not recipe.finetune.image_sizes
-
-
-def example_of(pixels: Pixels, plan: Plan, precision: PrecisionPlan, device: torch.device) -> torch.Tensor:
-    """Return the first images of a split, four at most, as the network takes them: what `find_boundary` looks at."""
-    batch = next(fixed_batches(pixels, plan.preprocessing.image_size, 4))
-    return precision.place(normalise_tensor(torch.from_numpy(batch).to(device), plan.preprocessing))
 
 
 def find_boundary(
