@@ -166,7 +166,7 @@ def measure(count: int, images: bool) -> list[dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for stage in stages:
             if stage == "splits and leaks":
-                subprocess.run([sys.executable, __file__, "--alone", "facts", folder], check=True)
+                subprocess.run([sys.executable, __file__, "--alone", "facts", folder], capture_output=True, check=True)
             if stage.startswith("no cache"):
                 for file in (Path(folder) / "data" / "big" / ".cache").glob("pixels-*.bin"):
                     file.unlink()

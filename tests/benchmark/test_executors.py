@@ -258,7 +258,7 @@ def test_what_a_callback_raises_ends_the_processes(tiny):
 
 def test_processes_that_cannot_start_are_said_once(tiny, plugin):
     write_plugged(tiny, "plain")
-    plugin.write_text(PLUGIN + "\nimport sys\nif sys.argv[0] == '-c':\n    os._exit(5)\n", encoding="utf-8")
+    plugin.write_text(PLUGIN + f"\nif os.getpid() != {os.getpid()}:\n    os._exit(5)\n", encoding="utf-8")
     with pytest.raises(ZooError, match="a process of the benchmark cannot start: its process ended with exit code 5"):
         bench(data="tiny", recipes=["plain"], seeds=2, jobs=2)
 

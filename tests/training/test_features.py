@@ -10,6 +10,7 @@ from torch import nn
 from zoo.data.cache import open_pixels
 from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError
+from zoo.files import sha256_file
 from zoo.models.registry import classifier_of
 from zoo.runs import find_run, list_runs
 from zoo.training import features as module
@@ -281,6 +282,9 @@ def test_features_of_another_backbone_are_never_taken(trained, make_recipe):
     state[name].view(-1)[0] += 1.0  # somebody has changed one number of the backbone
     save_file(state, run.weights_file)
     run.metrics_file("test").unlink()
+    with pytest.raises(ZooError, match="were changed after the run had ended"):
+        evaluate(run, "test", trained)
+    run.write_record(run.record.model_copy(update={"weights_sha256": sha256_file(run.weights_file)}))
     evaluate(run, "test", trained)
     pixels = open_pixels(load_dataset("tiny", trained), "test", run.record.preprocessing)
     _, wanted = forward_pixels(load_model(run, trained), pixels, run.record.preprocessing, FLOAT32, CPU)

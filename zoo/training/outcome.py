@@ -26,7 +26,7 @@ def finish(trainer: Trainer, model: nn.Module, note: str) -> None:
     """Write what a run leaves, the record last; then remove its checkpoint. note: what is to be said of its head."""
     run, progress, precision = trainer.plan.run, trainer.progress, trainer.precision
     averaged = _average(trainer, model)
-    save_tensors(run.weights_file, trainer.best)
+    sha256 = save_tensors(run.weights_file, trainer.best)
     trainer.write_history()
     splits = {"train": trainer.train_pixels, "val": trainer.val_pixels}
     record = trainer.plan.record(
@@ -44,6 +44,7 @@ def finish(trainer: Trainer, model: nn.Module, note: str) -> None:
         threads=trainer.threads,
         processes=trainer.group.world,
         versions=versions(),
+        weights_sha256=sha256,
         notes=[*([note] if note else []), *_notes(trainer), *averaged],
     )
     write_scores(run, record, trainer.val_pixels, "val", trainer.best_logits)

@@ -153,10 +153,12 @@ class Trainer:
             raise ZooError(f"split 'train' has no readable image of class {names}; import the data again")
 
     def _pixels(self, split: str) -> Pixels:
-        def on_image(done: int, total: int) -> None:
-            self.on_tick(Tick(self.plan.run.name, f"decoding {split}", done, total))
+        tell = self._counted(f"decoding {split}")
+        return open_pixels(self.plan.dataset, split, self.plan.preprocessing, self.plan.bad_images, tell)
 
-        return open_pixels(self.plan.dataset, split, self.plan.preprocessing, self.plan.bad_images, on_image)
+    def _counted(self, phase: str) -> Callable[[int, int], None]:
+        """Return what tells of images done and in all."""
+        return lambda done, total: self.on_tick(Tick(self.plan.run.name, phase, done, total))
 
     def _precision(self, model: nn.Module) -> PrecisionPlan:
         """Return the plan that an interrupted run began with, else the one asked for or measured."""
@@ -182,10 +184,11 @@ class Trainer:
         started = time.perf_counter()
         self.progress = Progress(parts=self.progress.parts, precision=self.progress.precision)
         name, classifier = classifier_of(model)
-        self.on_tick(Tick(self.plan.run.name, "features", 0, 1, 0, self.recipe.finetune.epochs))
         with self.group.first_alone():
             train, val = (
-                feature_cache.split_features(model, pixels, split, self.plan, self.precision, self.device)
+                feature_cache.split_features(
+                    model, pixels, split, self.plan, self.precision, self.device, self._counted(f"features of {split}")
+                )
                 for split, pixels in (("train", self.train_pixels), ("val", self.val_pixels))
             )
         # A run that finds the features in the cache is charged for what they cost, so that all are alike.
@@ -202,6 +205,8 @@ class Trainer:
             if self._stopped_early:
                 break
         feature_cache.load_grown(model, self.best)
+        if self.recipe.finetune.strategy == "linear-probe" and val.whole:  # as test will be scored
+            self.best_logits = feature_cache.head_logits(classifier_of(model)[1], val, self.precision, self.device)
         self.progress.train_s += charged
         self.progress.epoch = phase.first_epoch + phase.epochs - 1
         if self.recipe.finetune.strategy != "linear-probe":
@@ -234,9 +239,6 @@ class Trainer:
             inputs.batches.close()
 
     def _inputs(self, model: nn.Module, phase: Phase) -> Inputs:
-        def on_batch(done: int, total: int) -> None:
-            self.on_tick(Tick(self.plan.run.name, "frozen stages", done, total))
-
         return make_inputs(
             self.plan,
             model,
@@ -247,7 +249,7 @@ class Trainer:
             self.group,
             self.folder,
             phase.epochs,
-            on_batch,
+            self._counted("frozen stages"),
         )
 
     def _epoch(self, model: nn.Module, trainer: EpochTrainer, inputs: Inputs, phase: Phase, epoch: int) -> None:
