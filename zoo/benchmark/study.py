@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,13 +140,7 @@ class Study:
         import optuna
 
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
-        copy = optuna.create_study(
-            study_name=self.folder.name,  # Hyperband's brackets hang on it
-            direction=self._study.direction,
-            sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
-            pruner=self._study.pruner,
-        )
-        copy.add_trials(self.frozen())
+        copy = self._copy(optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True))
         return dict(copy.ask(self._distributions).params)
 
     def _take_over(self, trial: FrozenTrial, lock: FileLock) -> Claim:
@@ -183,9 +176,28 @@ class Study:
 
     def should_prune(self, number: int) -> bool:
         """Return whether the pruner gives a trial up after the last epoch that it reported."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return bool(self._study.pruner.prune(self._study, self._storage.get_trial(self._trial_id(number))))
+        copy = self._copy()
+        before = copy.trials[number]
+        stop = "stopped" in before.user_attrs or bool(self._study.pruner.prune(copy, before))
+        marks = {key: each for key, each in copy.trials[number].system_attrs.items() if key not in before.system_attrs}
+        if stop:  # noted before the pruner's own marks, by which it would else pass for one that goes on
+            self.note(number, stopped=True)
+        for key, each in marks.items():
+            self._storage.set_trial_system_attr(self._trial_id(number), key, each)
+        return stop
+
+    def _copy(self, sampler: Any = None) -> Any:
+        """Return the study as it stands, in memory: what is done to it is not in the journal."""
+        import optuna
+
+        copy = optuna.create_study(
+            study_name=self.folder.name,  # Hyperband's brackets hang on it
+            direction=self._study.direction,
+            sampler=sampler,
+            pruner=self._study.pruner,
+        )
+        copy.add_trials(self.frozen())
+        return copy
 
     def note(self, number: int, **facts: Any) -> None:
         """Keep facts of a running trial."""
