@@ -21,7 +21,7 @@ from zoo.errors import Interrupted, ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import read_predictions
 from zoo.files import read_json, read_toml, write_toml
-from zoo.recipe import load_recipe, parse_recipe
+from zoo.recipe import list_recipes, load_recipe, parse_recipe
 
 SPACE = {
     "optimizer.lr": {"low": 1e-5, "high": 1e-1, "log": True},
@@ -459,8 +459,8 @@ def test_a_process_that_died_as_it_gave_a_trial_up_leaves_it_given_up(tiny, sear
     assert ended > last + 2, "there are moments between the last epoch and the end"
     for place in range(last + 1, ended + 1):
         journal.write_text("".join(lines[:place]))
-        again = tune(recipe, "tiny", 8, root=tiny)
-        assert lasting(again.trials) == lasting(whole.trials)
+        again = tune(recipe, "tiny", number + 1, root=tiny)
+        assert lasting(again.trials) == lasting(whole.trials[: number + 1])
 
 
 def test_a_trial_whose_process_dies_again_and_again_fails(tiny, searched):
@@ -634,3 +634,12 @@ def test_importance_finds_what_decides(tiny, searched):
 def test_runs_of_trials_are_no_runs_of_the_home(tiny, searched):
     tune(searched(epochs=1), "tiny", 1, root=tiny)
     assert zoo.list_runs(tiny) == []
+
+
+def test_the_spaces_of_all_built_in_recipes_are_accepted(root):
+    searchable = [name for name in list_recipes(root) if load_recipe(name, root=root).search]
+    assert len(searchable) >= 20
+    for name in searchable:
+        recipe = load_recipe(name, root=root)
+        space = space_of(recipe)
+        assert set(space.own_params()) == set(recipe.search), f"{name}: the recipe as it is lies in its space"
