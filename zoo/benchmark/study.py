@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 PRUNERS = ("halving", "hyperband", "none")
+MOST_DEATHS = 20  # of processes in one epoch of a trial; then it counts as its fault, and the study goes on
 _REDUCTION = 3  # of successive halving: one of so many goes on
 
 
@@ -144,11 +145,23 @@ class Study:
         return dict(copy.ask(self._distributions).params)
 
     def _take_over(self, trial: FrozenTrial, lock: FileLock) -> Claim:
+        deaths = self._count(trial, 1)
+        return Claim(trial.number, dict(trial.params), self.trial_folder(trial.number), deaths, lock)
+
+    def crashed(self, number: int) -> None:
+        """Note that a process died in a trial though nobody had stopped it: twice in one epoch are enough."""
+        with self.locked():
+            trial = self.frozen()[number]
+            if not trial.state.is_finished():
+                self._count(trial, MOST_DEATHS // 2 - 1)  # and one for him who takes it over
+
+    def _count(self, trial: FrozenTrial, more: int) -> int:
+        """Add to the deaths in a trial's present epoch, and return how many there are."""
         epochs = len(trial.intermediate_values)
         before = trial.user_attrs.get("died", [0, -1])
-        deaths = 1 + (before[0] if before[1] == epochs else 0)
+        deaths = more + (before[0] if before[1] == epochs else 0)
         self.note(trial.number, died=[deaths, epochs])
-        return Claim(trial.number, dict(trial.params), self.trial_folder(trial.number), deaths, lock)
+        return deaths
 
     def _hold(self, number: int) -> FileLock | None:
         lock = FileLock(self.folder / ".locks" / f"trial-{number:04d}.lock", timeout=0)
