@@ -117,12 +117,9 @@ def test_the_table_is_the_same_for_any_number_of_jobs(tiny, tmp_path):
     ended = {step.number: step.state for step in steps if step.state in ("finished", "failed")}
     assert [ended[number] for number in range(1, 9)] == [*["failed", "failed", "finished", "finished"] * 2]
     assert {tick.run for tick in ticks if tick.epoch} >= set(finished)
-    # Decoded once, by the parent: no process says that it decodes.
-    assert [tick.phase for tick in ticks if tick.phase.startswith("decoding") and tick.done == tick.total] == [
-        "decoding train",
-        "decoding val",
-        "decoding test",
-    ]
+    # No two processes decode the same.
+    decoded = [tick.phase for tick in ticks if tick.phase.startswith("decoding") and tick.done == tick.total]
+    assert sorted(decoded) == ["decoding train", "decoding val"]
     again = bench(data="tiny", recipes=recipes[1:], seeds=2, jobs=2, root=second, on_step=(steps := []).append)
     assert [step.state for step in steps].count("reused") == 4 and again.failed == 2
 
