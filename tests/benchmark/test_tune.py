@@ -447,6 +447,7 @@ def test_a_process_that_died_before_its_first_epoch_leaves_the_same_trial(tiny, 
     assert lasting(again.trials) == lasting(whole.trials)
 
 
+@pytest.mark.slow
 def test_a_process_that_died_as_it_gave_a_trial_up_leaves_it_given_up(tiny, searched):
     recipe = searched(epochs=5)
     whole = tune(recipe, "tiny", 8, root=tiny)
@@ -463,6 +464,7 @@ def test_a_process_that_died_as_it_gave_a_trial_up_leaves_it_given_up(tiny, sear
         assert lasting(again.trials) == lasting(whole.trials[: number + 1])
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_dies_again_and_again_fails(tiny, searched):
     recipe = searched(epochs=1)
     found = tune(recipe, "tiny", 1, root=tiny, pruner="none")
