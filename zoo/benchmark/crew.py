@@ -41,7 +41,7 @@ def work_side_by_side(job: Job, study: Study, jobs: int, deadline: float | None,
                 process.start()
             theirs.close()
             channels[mine] = process
-        _listen(dict(channels), on_tick, tell, said)
+        _listen(study, dict(channels), on_tick, tell, said)
     finally:
         _stop(list(channels.values()))
     codes = [process.exitcode for process in channels.values()]
@@ -50,20 +50,25 @@ def work_side_by_side(job: Job, study: Study, jobs: int, deadline: float | None,
         raise ZooError(said[0] if said else f"{died}; the same command goes on")
 
 
-def _listen(channels: dict[Connection, Any], on_tick: OnTick, tell: OnStep, said: list[str]) -> None:
-    """Show what the processes tell until the last has ended."""
+def _listen(study: Study, channels: dict[Connection, Any], on_tick: OnTick, tell: OnStep, said: list[str]) -> None:
+    """Show what the processes tell until the last has ended; note in which trial one died."""
+    trials: dict[Connection, int] = {}
     while channels:
         for channel in wait(list(channels)):
             assert isinstance(channel, Connection)
             try:
                 kind, value = channel.recv()
             except (EOFError, OSError):
-                channels.pop(channel).join()
+                process = channels.pop(channel)
+                process.join()
+                if process.exitcode < 0 and channel in trials:  # a signal's number: killed, or for want of memory
+                    study.crashed(trials[channel])
                 channel.close()
                 continue
             if kind == "tick":
                 on_tick(value)
             elif kind == "step":
+                trials[channel] = value.number - 1
                 tell(value)
             else:
                 said.append(value)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 PRUNERS = ("halving", "hyperband", "none")
+MOST_DEATHS = 20  # of processes in one epoch of a trial; then it counts as its fault, and the study goes on
 _REDUCTION = 3  # of successive halving: one of so many goes on
 
 
@@ -141,21 +141,27 @@ class Study:
         import optuna
 
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
-        copy = optuna.create_study(
-            study_name=self.folder.name,  # Hyperband's brackets hang on it
-            direction=self._study.direction,
-            sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
-            pruner=self._study.pruner,
-        )
-        copy.add_trials(self.frozen())
+        copy = self._copy(optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True))
         return dict(copy.ask(self._distributions).params)
 
     def _take_over(self, trial: FrozenTrial, lock: FileLock) -> Claim:
+        deaths = self._count(trial, 1)
+        return Claim(trial.number, dict(trial.params), self.trial_folder(trial.number), deaths, lock)
+
+    def crashed(self, number: int) -> None:
+        """Note that a process died in a trial though nobody had stopped it: twice in one epoch are enough."""
+        with self.locked():
+            trial = self.frozen()[number]
+            if not trial.state.is_finished():
+                self._count(trial, MOST_DEATHS // 2 - 1)  # and one for him who takes it over
+
+    def _count(self, trial: FrozenTrial, more: int) -> int:
+        """Add to the deaths in a trial's present epoch, and return how many there are."""
         epochs = len(trial.intermediate_values)
         before = trial.user_attrs.get("died", [0, -1])
-        deaths = 1 + (before[0] if before[1] == epochs else 0)
+        deaths = more + (before[0] if before[1] == epochs else 0)
         self.note(trial.number, died=[deaths, epochs])
-        return Claim(trial.number, dict(trial.params), self.trial_folder(trial.number), deaths, lock)
+        return deaths
 
     def _hold(self, number: int) -> FileLock | None:
         lock = FileLock(self.folder / ".locks" / f"trial-{number:04d}.lock", timeout=0)
@@ -183,9 +189,28 @@ class Study:
 
     def should_prune(self, number: int) -> bool:
         """Return whether the pruner gives a trial up after the last epoch that it reported."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return bool(self._study.pruner.prune(self._study, self._storage.get_trial(self._trial_id(number))))
+        copy = self._copy()
+        before = copy.trials[number]
+        stop = "stopped" in before.user_attrs or bool(self._study.pruner.prune(copy, before))
+        marks = {key: each for key, each in copy.trials[number].system_attrs.items() if key not in before.system_attrs}
+        if stop:  # noted before the pruner's own marks, by which it would else pass for one that goes on
+            self.note(number, stopped=True)
+        for key, each in marks.items():
+            self._storage.set_trial_system_attr(self._trial_id(number), key, each)
+        return stop
+
+    def _copy(self, sampler: Any = None) -> Any:
+        """Return the study as it stands, in memory: what is done to it is not in the journal."""
+        import optuna
+
+        copy = optuna.create_study(
+            study_name=self.folder.name,  # Hyperband's brackets hang on it
+            direction=self._study.direction,
+            sampler=sampler,
+            pruner=self._study.pruner,
+        )
+        copy.add_trials(self.frozen())
+        return copy
 
     def note(self, number: int, **facts: Any) -> None:
         """Keep facts of a running trial."""

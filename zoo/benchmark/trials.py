@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.benchmark.executors import OnStep, Step
-from zoo.benchmark.study import Claim, Study
+from zoo.benchmark.study import MOST_DEATHS, Claim, Study
 from zoo.data.manifest import Dataset
 from zoo.errors import Interrupted, ZooError
 from zoo.files import Home
@@ -20,7 +20,6 @@ from zoo.training.loop import OnTick, StopRun, train_plan
 from zoo.training.plan import Plan, make_plan
 
 _POLL_S = 0.2  # while other processes have all trials that are left
-_MOST_DEATHS = 5  # of processes in one epoch of a trial
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ class _Trial:
         """Train it, and end it as complete, pruned or failed; an interrupted one stays as it is."""
         study, number = self.study, self.claim.number
         self.tell("begins")
-        if self.claim.deaths >= _MOST_DEATHS:
-            self._end("failed", reason=f"its process died {self.claim.deaths} times in one epoch, for want of memory?")
+        if self.claim.deaths >= MOST_DEATHS:
+            self._end("failed", reason="its processes died again and again in one epoch, for want of memory?")
             return
         try:
             recipe = study.space.recipe if self.claim.first else study.space.recipe_of(self.claim.params)

@@ -230,9 +230,9 @@ def _diverged(losses: list[float]) -> bool:
 def _found(key: str, own: float, lrs: list[float], losses: list[float], stopped: str) -> LrRange:
     smoothed = smooth(losses)
     least = _first_lowest(smoothed)
-    # The loss must fall by more than what single batches scatter about the curve, or the fall is chance.
-    scatter = float(np.std(np.subtract(losses, smoothed)[: least + 1])) if least else math.inf
-    if not least or smoothed[0] - smoothed[least] <= max(scatter, 1e-6):
+    # The loss must fall by more than twice what single batches scatter about the curve, or the fall is chance.
+    scatter = 1.4826 * float(np.median(np.abs(np.subtract(losses, smoothed)))) if losses else 0.0
+    if not least or smoothed[0] - smoothed[least] <= max(2 * scatter, 1e-6):
         return LrRange(key, own, lrs, losses, smoothed, None, None, None, stopped)
     slopes = np.gradient(smoothed[: least + 1], np.log(lrs[: least + 1]))
     steepest, lowest = lrs[int(np.argmin(slopes))], lrs[least]
