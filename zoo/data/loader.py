@@ -108,7 +108,8 @@ def _start_worker(_: int) -> None:
     import cv2
 
     # A signal to the whole process group is the parent's to answer: it saves its state, then ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
@@ -196,6 +197,9 @@ class TrainBatches:
         self._loader = None
         if source is not None:
             source._shutdown_workers()
+            for worker in getattr(source, "_workers", []):
+                if worker.is_alive():  # in a transform that does not end; torch's SIGTERM does not reach it
+                    worker.kill()
 
     def close(self) -> None:
         """End the workers; no epoch can be had afterwards."""
