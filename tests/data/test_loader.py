@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+import gc
 import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zoo.data.cache import Pixels, open_pixels
+from zoo.data.cache import open_pixels
 from zoo.data.loader import TrainBatches, epoch_order, fixed_batches, share
 from zoo.data.manifest import load_dataset
 from zoo.data.transforms import center_crop, make_augment
@@ -124,6 +127,40 @@ def same(one, two) -> bool:
     )
 
 
+@pytest.fixture
+def threads():
+    """A setter of torch's threads, which are the loader's too; afterwards they are as many as before."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("policy", ["none", "light", "strong", "ct"])
+def test_batches_are_the_same_for_any_number_of_threads(pixels, opened, threads, policy):
+    augment = make_augment(policy, None, 32, 4)
+    threads(1)
+    expected = list(opened(pixels, augment, 7, 4, 0).epoch(1))
+    for count in (2, 3, 16):
+        threads(count)
+        assert same(list(opened(pixels, augment, 7, 4, 0).epoch(1)), expected)
+
+
+def test_threads_end_with_their_batches(pixels, opened, threads):
+    threads(4)
+    before = set(threading.enumerate())
+    for leave in (TrainBatches.close, lambda _: None):
+        batches = TrainBatches(pixels, make_augment("light", None, 32, 4), 7, 4, 0, pin_memory=False)
+        next(batches.epoch(1))
+        assert 1 <= len(set(threading.enumerate()) - before) <= 3  # one that is idle again is used again
+        leave(batches)
+        del batches
+        gc.collect()
+        end = time.monotonic() + 5
+        while set(threading.enumerate()) - before and time.monotonic() < end:
+            time.sleep(0.01)
+        assert set(threading.enumerate()) <= before
+
+
 @pytest.mark.parametrize("policy", ["none", "light", "strong", "ct"])
 def test_batches_are_the_same_for_any_number_of_workers(pixels, opened, policy):
     augment = make_augment(policy, None, 32, 4)
@@ -197,19 +234,17 @@ def test_the_shares_of_all_ranks_are_the_batches(pixels, opened, world, balanced
                 assert same([part], [tuple(each[own] for each in whole[number])])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_own_transform_that_fails_is_said_in_one_line(pixels, opened, workers):
+@pytest.mark.parametrize(("workers", "count"), [(0, 1), (0, 3), (2, 1)])
+def test_an_own_transform_that_fails_is_said_in_one_line(pixels, opened, threads, workers, count):
+    threads(count)
     broken = make_augment("own", [{"name": "RandomCrop", "height": 32, "width": 32}], 32, 0)
-    big = dataclass_with(pixels, shapes=np.array([[8, 8]] * len(pixels), np.int32))
-    batches = opened(big, broken, 4, 0, workers)
-    with pytest.raises(ZooError, match=r"^augment.transforms failed on an image of 8 x 8 pixels: [^\n]*$"):
-        list(batches.epoch(0))
-
-
-def dataclass_with(pixels: Pixels, **changes) -> Pixels:
-    import dataclasses
-
-    return dataclasses.replace(pixels, **changes)
+    small = int(epoch_order(18, 9, 0, 0)[0][4])  # in the middle of a batch: the second thread's
+    shapes = pixels.shapes.copy()
+    shapes[small] = 8
+    batches = opened(dataclasses.replace(pixels, shapes=shapes), broken, 9, 0, workers)
+    for _ in range(2):  # and again: the error has broken nothing
+        with pytest.raises(ZooError, match=r"^augment.transforms failed on an image of 8 x 8 pixels: [^\n]*$"):
+            list(batches.epoch(0))
 
 
 class _Dies:
@@ -244,7 +279,7 @@ def children(pid: int) -> list[int]:
 
 
 LOADING = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from zoo.data.cache import open_pixels
 from zoo.data.loader import TrainBatches
@@ -253,6 +288,12 @@ from zoo.data.transforms import make_augment
 from zoo.files import home
 from zoo.runs import Preprocessing
 
+def stop(number, frame):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(0))
 here = Preprocessing(image_size=32, crop_pct=1.0, interpolation="bilinear", mean=(.5,) * 3, std=(.5,) * 3)
 pixels = open_pixels(load_dataset("tiny", home(Path(sys.argv[1]))), "train", here)
 batches = TrainBatches(pixels, make_augment("strong", None, 32, 0), 4, 0, 2, False)
@@ -261,7 +302,7 @@ try:
         for _ in batches.epoch(epoch):
             print(epoch, flush=True)
 except KeyboardInterrupt:
-    list(batches.epoch(0, 3))  # the workers are still there
+    list(batches.epoch(0, 3))  # another epoch can be had
     batches.close()
     print("ended", flush=True)
 """
@@ -304,11 +345,21 @@ def test_workers_die_with_a_killed_parent(loading):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
-def test_ctrl_c_is_the_parents_to_answer(loading):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_is_the_parents_to_answer(loading, number):
     process, workers = loading
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=30)
     assert out.splitlines()[-1] == "ended"
+    assert err == "" and process.returncode == 0
+    assert all(gone(worker) for worker in workers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_a_process_that_forgets_to_close_ends_its_workers(loading):
+    process, workers = loading
+    os.kill(process.pid, signal.SIGUSR1)
+    _, err = process.communicate(timeout=30)
     assert err == "" and process.returncode == 0
     assert all(gone(worker) for worker in workers)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -193,7 +195,7 @@ def test_a_network_that_changes_its_classifiers_output_is_scored_whole(odd, trai
 
 def test_a_classifier_that_is_used_twice_is_refused(odd, trained, make_recipe):
     recipe = make_recipe("odd", model__name="odd_twice", finetune__strategy="linear-probe", augment__policy="none")
-    with pytest.raises(ZooError, match="Odd uses its classifier more than once .*finetune.strategy = 'full'"):
+    with pytest.raises(ZooError, match=r"Odd uses its classifier more than once .*strategy = 'full'"):
         train(recipe, "tiny", 0, trained)
 
 
@@ -229,6 +231,26 @@ def test_no_pixel_goes_through_a_backbone_twice(trained, make_recipe, monkeypatc
             evaluate(run, split, trained)
             np.testing.assert_allclose(predictions_of(run, split).logits, logits, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(predictions_of(run, "test").logits, stored["test"])
+
+
+def test_where_nothing_is_kept_the_bits_are_the_same(trained, make_recipe, monkeypatch):
+    from zoo.training.scoring import evaluate
+
+    recipe = probe_of(trained, make_recipe)
+    files = [
+        make_plan(recipe, "tiny", 0, trained).run.path / name
+        for name in ("weights.safetensors", "predictions-test.npz")
+    ]
+    found = []
+    for limit in ("0", "50"):
+        monkeypatch.setenv("ZOO_CACHE_GB", limit)
+        run = train(recipe, "tiny", 0, trained)
+        evaluate(run, "test", trained)
+        kept = list(load_dataset("tiny", trained).folder.glob(".cache/features-*"))
+        assert bool(kept) == (limit != "0")
+        found.append([file.read_bytes() for file in files])
+        shutil.rmtree(run.path)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("place", [0.3, 0.6, 0.999])

@@ -76,7 +76,8 @@ def slow(num_classes: int, width: int = 64) -> nn.Module:
     return Slow(num_classes, width)
 """
 SIGNALS = [(signal.SIGINT, "group", 130), (signal.SIGTERM, "process", 143), (signal.SIGTERM, "group", 143)]
-SECONDS = 10  # in which a run that is told to stop has saved its state and left
+SAVED_S = 10  # in which a run that is told to stop has saved its state
+LEFT_S = 20  # in which it has left, on a machine that is busy with other things
 
 
 @dataclass
@@ -255,6 +256,11 @@ def position(plan: Plan) -> tuple[int, int]:
     return (checkpoint.progress.epoch, checkpoint.progress.step) if checkpoint else (0, 0)
 
 
+def saved_at(plan: Plan) -> float:
+    """Return when the last checkpoint was saved, in seconds since 1970."""
+    return max(file.stat().st_mtime for file in (plan.run.path / "checkpoint").glob("*.json"))
+
+
 def steps_noted(launcher: Launcher) -> int:
     return Path(launcher.environment["SLOW_LOG"]).read_text(encoding="utf-8").count("\n")
 
@@ -386,9 +392,9 @@ def test_a_signal_in_mid_epoch_saves_the_step_and_leaves_nobody(launcher, many, 
     until(lambda: steps_noted(launcher) >= total + 5)
     assert len(group_of(pid)) >= 3
     os.killpg(pid, number) if to == "group" else os.kill(pid, number)
-    told = time.monotonic()
-    assert launcher.wait() == code, launcher.err
-    assert time.monotonic() - told < SECONDS
+    told = time.time()
+    assert launcher.wait(LEFT_S) == code, launcher.err
+    assert 0 < saved_at(plan) - told < SAVED_S
     until(lambda: not group_of(pid), 2)
     assert launcher.err.count("\n") == 1 and "interrupted" in launcher.err, launcher.err
     assert launcher.out == ""
@@ -414,7 +420,7 @@ def test_a_step_that_does_not_end_is_given_up_for_the_checkpoint_before_it(launc
     pid = launcher.start(many, *command, SLOW_S="600")
     until(lambda: steps_noted(launcher) > noted)
     os.kill(pid, signal.SIGTERM)
-    assert launcher.wait(SECONDS) == 143
+    assert launcher.wait(LEFT_S) == 143
     assert not group_of(pid)
     assert position(plan) == saved
     assert launcher.run(many, *command) == 0, launcher.err
@@ -434,9 +440,9 @@ def test_a_benchmark_side_by_side_is_stopped_and_goes_on(launcher, many, other):
         until(lambda noted=noted: len(set(log.read_text().splitlines()[noted:])) == 2)
         time.sleep(0.5)
         os.killpg(pid, number) if to == "group" else os.kill(pid, number)
-        told = time.monotonic()
-        assert launcher.wait() == code, launcher.err
-        assert time.monotonic() - told < SECONDS
+        told = time.time()
+        assert launcher.wait(LEFT_S) == code, launcher.err
+        assert all(0 < saved_at(plan) - told < SAVED_S for plan in plans)
         until(lambda pid=pid: not group_of(pid), 2)
         assert launcher.out == "" and "Traceback" not in launcher.err
         now = tuple(position(plan) for plan in plans)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import signal
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from zoo.errors import ZooError, one_line
 Augment = Callable[[np.ndarray[Any, Any], int, int], np.ndarray[Any, Any]]
 Places = np.ndarray[Any, np.dtype[np.int64]]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+MOST_THREADS = 4  # more of them wait for Python's lock, which a quarter of an augmentation's time needs
 
 
 def epoch_order(count: int, batch_size: int, seed: int, epoch: int, labels: Places | None = None) -> list[Places]:
@@ -64,23 +68,51 @@ def share(batch_len: int, rank: int, world: int) -> list[int]:
 
 
 class _Batches(Dataset[Batch | ZooError]):
-    """Augmented batches; asked for by (epoch, places), so that a worker needs no state of its own."""
+    """Augmented batches; asked for by (epoch, places), so that a worker needs no state of its own.
 
-    def __init__(self, pixels: Pixels, augment: Augment) -> None:
-        self.pixels, self.augment = pixels, augment
+    threads: how many augment at once. OpenCV and NumPy let go of Python's lock, so two take half the time of one.
+    """
+
+    def __init__(self, pixels: Pixels, augment: Augment, threads: int) -> None:
+        self.pixels = pixels
+        # An augmentation holds the random state of the image that it works on: each thread needs its own.
+        self.augments = [copy.copy(augment) for _ in range(threads)]
+        self.pool = ThreadPoolExecutor(threads - 1, "augment") if threads > 1 else None
+        self.shape: tuple[int, ...] = ()
 
     def __getitem__(self, key: tuple[int, Places]) -> Batch | ZooError:
         epoch, places = key
-        images = torch.empty(0, dtype=torch.uint8)
         try:
-            for number, place in enumerate(places.tolist()):
-                image = self.augment(self.pixels[place], epoch, place)
-                if not number:
-                    images = torch.empty((len(places), *image.shape), dtype=torch.uint8)
-                images.numpy()[number] = image
+            images = self._augmented(epoch, places)
         except ZooError as error:  # said as it is: raised in a worker it would come with a traceback as its text
             return error
         return images, torch.from_numpy(self.pixels.y_true[places]), torch.from_numpy(places.copy())
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+
+    def _augmented(self, epoch: int, places: Places) -> torch.Tensor:
+        if not len(places):
+            return torch.empty(0, dtype=torch.uint8)
+        if not self.shape:
+            self.shape = self.augments[0](self.pixels[int(places[0])], epoch, int(places[0])).shape
+        images = torch.empty((len(places), *self.shape), dtype=torch.uint8)
+        rows = images.numpy()  # here: a thread of its own that called torch would get threads of its own
+
+        def fill(number: int) -> None:
+            for row in range(number, len(places), len(self.augments)):
+                place = int(places[row])
+                rows[row] = self.augments[number](self.pixels[place], epoch, place)
+
+        others = [self.pool.submit(fill, number) for number in range(1, len(self.augments))] if self.pool else []
+        try:
+            fill(0)
+        finally:
+            wait(others)
+        for each in others:
+            each.result()
+        return images
 
 
 class _Order(Sampler[tuple[int, Places]]):
@@ -114,10 +146,22 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
+def _end_workers(held: list[Any]) -> None:
+    # Not left to the collector: the traceback of an error may hold the loader for long.
+    while held:
+        source = held.pop()
+        source._shutdown_workers()
+        for worker in source._workers:
+            if worker.is_alive():  # it does not listen to a SIGTERM
+                worker.kill()
+                worker.join()
+
+
 class TrainBatches:
     """The training batches of every epoch: uint8 images (b, H, W, 3), labels (b,) and places (b,), both int64.
 
-    workers: processes that load; with 0 this one does. balanced: draw each class equally often (`epoch_order`).
+    workers: processes that load ahead; with 0 this one does, in its turn, on as many threads as torch has, up to four.
+    balanced: draw each class equally often (`epoch_order`).
     rank, world: which `share` of every batch is wanted; one with no image in a share has (0,) for all shapes.
     """
 
@@ -137,19 +181,12 @@ class TrainBatches:
         self._count = len(_bounds(len(pixels), batch_size))
         self._order = _Order(len(pixels), batch_size, seed, pixels.y_true if balanced else None, rank, world)
         self._running: Iterator[Batch] | None = None
-        self._make = functools.partial(
-            DataLoader[Any],
-            _Batches(pixels, augment),
-            batch_size=None,
-            sampler=self._order,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_start_worker,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # else it draws from the training's own random state
-        )
-        self._loader: DataLoader[Any] | None = self._make()
+        threads = 1 if workers else min(torch.get_num_threads(), MOST_THREADS)
+        self._batches = _Batches(pixels, augment, threads)
+        self._workers, self._pin_memory, self._closed = workers, pin_memory, False
+        self._loader: DataLoader[Any] | None = None
+        self._held: list[Any] = []  # torch's own iterator over the workers
+        weakref.finalize(self, _end_workers, self._held)
 
     def __len__(self) -> int:
         return self._count
@@ -165,22 +202,47 @@ class TrainBatches:
         return self._running
 
     def _yield(self, epoch: int, start: int) -> Iterator[Batch]:
-        if self._loader is None:
+        if self._closed:
             raise ValueError("these batches are closed")
         self._order.epoch, self._order.start = epoch, start
-        source = self._ask(iter, self._loader)
+        source = self._ask(self._source)
         while (batch := self._ask(next, source, None)) is not None:
             if isinstance(batch, ZooError):
                 raise batch
             yield batch
+
+    def _source(self) -> Iterator[Batch | ZooError]:
+        if not self._workers:
+            return map(self._load, self._order)
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._batches,
+                batch_size=None,
+                sampler=self._order,
+                num_workers=self._workers,
+                collate_fn=_as_it_is,
+                worker_init_fn=_start_worker,
+                pin_memory=self._pin_memory,
+                persistent_workers=True,
+                generator=torch.Generator(),  # else it draws from the training's own random state
+            )
+        source = iter(self._loader)
+        self._held[:] = [source]
+        return source
+
+    def _load(self, key: tuple[int, Places]) -> Batch | ZooError:
+        batch = self._batches[key]
+        if self._pin_memory and not isinstance(batch, ZooError):
+            images, labels, places = (each.pin_memory() for each in batch)
+            return images, labels, places
+        return batch
 
     def _ask(self, question: Callable[..., Any], *about: Any) -> Any:
         try:
             return question(*about)
         except BaseException as error:
             # Ctrl-C may come between any two lines of torch's loader, which then waits for ever for what it lost.
-            self._end_workers()
-            self._loader = self._make()
+            self._let_go()
             if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
                 said = one_line(error, 160)
                 raise ZooError(f"a loading process died ({said}); load with fewer: --set workers=0") from error
@@ -191,20 +253,16 @@ class TrainBatches:
             self._running.close()  # type: ignore[attr-defined]
         self._running = None
 
-    def _end_workers(self) -> None:
-        # Not left to the collector: the traceback of an error may hold the loader for long.
-        source = getattr(self._loader, "_iterator", None)
+    def _let_go(self) -> None:
         self._loader = None
-        if source is not None:
-            source._shutdown_workers()
-            for worker in getattr(source, "_workers", []):
-                if worker.is_alive():  # in a transform that does not end; torch's SIGTERM does not reach it
-                    worker.kill()
+        _end_workers(self._held)
 
     def close(self) -> None:
-        """End the workers; no epoch can be had afterwards."""
+        """End the workers and threads; no epoch can be had afterwards."""
+        self._closed = True
         self._stop()
-        self._end_workers()
+        self._let_go()
+        self._batches.close()
 
 
 def fixed_batches(pixels: Pixels, image_size: int, batch_size: int) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
