@@ -318,7 +318,7 @@ def test_a_run_killed_20_times_ends_with_the_same_bits(launcher, many, other):
     draw = np.random.default_rng(20261125)
     within, last = 0, (0, 0)
     for kill in range(20):
-        # Each save writes two files. So many more may come that the 20 kills are spread over the run, and end before it.
+        # Each save writes two files. So many may come that the 20 kills are spread over the run, and end before it.
         saves = max(1, round(54 * (kill + 1) / 20) - last[0] * 20 - last[1])
         launcher.start(many, *command)
         if kill % 2:  # in a save, of the tensors or of the facts
