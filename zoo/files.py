@@ -189,7 +189,7 @@ def write_error(path: Path, error: OSError) -> ZooError:
     return ZooError(f"cannot write {str(path)!r}: {reason}; {fixes.get(error.errno or 0, 'check the path')}")
 
 
-def check_writable(folder: Path, needed_bytes: int = 16 << 20) -> None:
+def check_writable(folder: Path, needed_bytes: int = 2 << 20) -> None:
     """Raise ZooError unless `needed_bytes` can be written below folder; found before work, not after it."""
     with atomic_writer(folder / ".zoo-write-test") as stream:
         if hasattr(os, "posix_fallocate"):

@@ -71,17 +71,23 @@ def bench(
     left_out: list[str] = []
     steps = _plan_all(wanted, dataset, root, overrides or {}, offline, bad_images, tell, left_out)
     runs = run_all(steps, jobs, bad_images, on_tick, tell)
+    failed = sum(1 for run in runs if isinstance(run, RunRecord) or not run.finished)
+    try:
+        floors, no_floors = dataset_floors(dataset, bad_images), []
+    except ZooError as error:
+        if not failed:
+            raise
+        floors, no_floors = [], [f"no floors: {error}"]  # images vanished: the failures are written all the same
     summary = split_summary(dataset)["splits"]
     comparison = make_comparison(
         runs,
         leaks_accepted=accepted,
-        floors=dataset_floors(dataset, bad_images),
+        floors=floors,
         images={split: facts["images"] for split, facts in summary.items()},
         looks=looks_at_test(root, dataset.split_digest),
     )
-    comparison = replace(comparison, notes=[*left_out, *comparison.notes])
+    comparison = replace(comparison, notes=[*left_out, *no_floors, *comparison.notes])
     write_results(folder, comparison, dataset, root, bad_images)
-    failed = sum(1 for run in runs if isinstance(run, RunRecord) or not run.finished)
     return BenchResult(comparison, folder, failed)
 
 

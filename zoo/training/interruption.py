@@ -12,7 +12,7 @@ from typing import Any
 
 from zoo.errors import EXIT_SIGINT, EXIT_SIGTERM
 
-PATIENCE_S = 7.0  # a step that takes longer is given up; the checkpoint before it stays
+PATIENCE_S = 5.0  # a step that takes longer is given up; the checkpoint before it stays
 _CODES = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
 
 
