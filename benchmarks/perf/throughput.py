@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -391,7 +393,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", help="auto measures; or a plan's name: bf16-channels-last, ...")
     parser.add_argument("--against", choices=["transformers"])
     parser.add_argument("--trainer-alone", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
+    if chosen.against and missing:
+        parser.error(
+            f"--against transformers needs {' and '.join(missing)} beside zoo: pip install {' '.join(missing)}"
+        )
+    return chosen
 
 
 def run(chosen: argparse.Namespace, report: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
@@ -445,7 +453,10 @@ def main() -> None:
     from zoo.training.environment import device_name, versions
     from zoo.training.precision import choose_device
 
-    environment = {"device": device_name(choose_device("auto")), "cores": os.cpu_count(), "versions": versions()}
+    found = versions()
+    if chosen.against:
+        found |= {name: importlib.metadata.version(name) for name in ("transformers", "accelerate")}
+    environment = {"device": device_name(choose_device("auto")), "cores": os.cpu_count(), "versions": found}
     print(json.dumps({"rows": rows, "environment": environment}))
 
 
