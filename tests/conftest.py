@@ -51,6 +51,7 @@ def _enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     from zoo.files import home
 
     monkeypatch.setenv("ZOO_HOME", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "machine"))  # where precision plans are kept
     monkeypatch.delenv("ZOO_WEIGHTS", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return home(folder)

@@ -90,6 +90,7 @@ class RunRecord(BaseModel):
     precision: dict[str, Any] = {}
     threads: int | None = None
     processes: int = 1
+    weights_sha256: str | None = None
     tta: str = "none"
     made_of: list[str] = []
     versions: dict[str, str] = {}

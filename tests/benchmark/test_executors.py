@@ -117,12 +117,9 @@ def test_the_table_is_the_same_for_any_number_of_jobs(tiny, tmp_path):
     ended = {step.number: step.state for step in steps if step.state in ("finished", "failed")}
     assert [ended[number] for number in range(1, 9)] == [*["failed", "failed", "finished", "finished"] * 2]
     assert {tick.run for tick in ticks if tick.epoch} >= set(finished)
-    # Decoded once, by the parent: no process says that it decodes.
-    assert [tick.phase for tick in ticks if tick.phase.startswith("decoding") and tick.done == tick.total] == [
-        "decoding train",
-        "decoding val",
-        "decoding test",
-    ]
+    # No two processes decode the same.
+    decoded = [tick.phase for tick in ticks if tick.phase.startswith("decoding") and tick.done == tick.total]
+    assert sorted(decoded) == ["decoding train", "decoding val"]
     again = bench(data="tiny", recipes=recipes[1:], seeds=2, jobs=2, root=second, on_step=(steps := []).append)
     assert [step.state for step in steps].count("reused") == 4 and again.failed == 2
 
@@ -261,7 +258,7 @@ def test_what_a_callback_raises_ends_the_processes(tiny):
 
 def test_processes_that_cannot_start_are_said_once(tiny, plugin):
     write_plugged(tiny, "plain")
-    plugin.write_text(PLUGIN + "\nimport sys\nif sys.argv[0] == '-c':\n    os._exit(5)\n", encoding="utf-8")
+    plugin.write_text(PLUGIN + f"\nif os.getpid() != {os.getpid()}:\n    os._exit(5)\n", encoding="utf-8")
     with pytest.raises(ZooError, match="a process of the benchmark cannot start: its process ended with exit code 5"):
         bench(data="tiny", recipes=["plain"], seeds=2, jobs=2)
 

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from PIL import Image
 from scenes import READY_SPLIT, draw_scene
 
+from zoo.data import duplicates, pictures
+from zoo.data import facts as facts_module
 from zoo.data.facts import dataset_facts, facts_file
-from zoo.data.leaks import find_leaks, refuse_leaks, scan_order
+from zoo.data.leaks import duplicate_pairs, find_leaks, leaks_of, refuse_leaks, scan_order
 from zoo.data.manifest import load_dataset
 from zoo.data.resplit import resplit_dataset
 from zoo.data.sources import describe_import, import_dataset
@@ -179,3 +182,54 @@ def test_advice_for_shipped_splits_in_scan_order_helps(root, tmp_path):
     assert leaks.scan_order > 50
     assert "--force" in leaks.remedy or leaks.near_pairs
     assert find_leaks(resplit_dataset("scans", root, force=True, group_blocks=20)).ok
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_leaks_are_the_same_where_the_pictures_of_a_large_dataset_stay_on_disk(root, source, monkeypatch, on_disk):
+    for name in ("again", "once-more"):
+        Image.open(source / "train/b/00025.png").save(source / f"test/b/{name}.jpg", quality=70)
+    shutil.copy(source / "train/a/00003.png", source / "test/a/copy.png")
+    dataset = import_dataset(source, "mine", root)
+    expected, first = find_leaks(dataset), dataset_facts(dataset)
+    order = scan_order(dataset, first)
+    for file in (dataset.folder / ".cache").iterdir():
+        file.unlink()
+    if on_disk:
+        monkeypatch.setattr(facts_module, "_IN_MEMORY", 3)
+    monkeypatch.setattr(pictures, "_TOUCHED", 7)
+    for module in (facts_module, pictures, duplicates):
+        monkeypatch.setattr(module, "BLOCK", 5)
+
+    def check():
+        facts = dataset_facts(dataset)
+        assert isinstance(facts.small, pictures.Pictures) == on_disk
+        for each in fields(facts):
+            np.testing.assert_array_equal(getattr(facts, each.name)[:], getattr(first, each.name)[:])
+        found = scan_order(dataset, facts)
+        assert (found.share, found.by_chance, found.asked) == (order.share, order.by_chance, order.asked)
+        return leaks_of(dataset, duplicate_pairs(dataset, facts), found)
+
+    assert check() == check() == expected  # looked at, then remembered
+    place = 11
+    file = dataset.image_path(dataset.frame["path"][place])
+    data = file.read_bytes()
+    file.write_bytes(b"no image at all")
+    assert [place] == np.flatnonzero(~dataset_facts(dataset).good).tolist()
+    assert dataset_facts(dataset).reasons[place].startswith("no image")
+    lacking = leaks_of(dataset, duplicate_pairs(dataset, dataset_facts(dataset)), None)
+    assert lacking.near_pairs <= expected.near_pairs
+    file.write_bytes(data)
+    first = replace(first, stats=dataset_facts(dataset).stats)
+    assert check() == expected
+    stored = facts_file(dataset)
+    whole = stored.read_bytes()
+    for at in range(0, len(whole), 997):
+        stored.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        assert check() == expected
+
+
+def test_exact_pairs_of_many_equal_keys_are_each_with_the_first():
+    assert duplicates.exact_pairs([]).tolist() == []
+    assert duplicates.exact_pairs(["b", "a", "b", "b", "a"]).tolist() == [[0, 2], [0, 3], [1, 4], [2, 3]]
+    many = duplicates.exact_pairs(["x", *["y"] * 51, "x"])
+    assert many.tolist() == [[0, 52], *([1, other] for other in range(2, 52))]

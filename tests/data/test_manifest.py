@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -267,3 +269,95 @@ def test_files_are_mapped_in_order_and_an_error_stops():
     with pytest.raises(ZooError, match="five"):
         list(map_files(fail, range(10_000)))
     assert len(done) < 1000
+
+
+@pytest.mark.parametrize(
+    ("at", "bad", "reason"),
+    [
+        (40_000, b"\xff", "byte 0xff in position"),
+        (40_000, b"\xe4\xb8x", "bytes in position"),
+        (60, b"\xff", "byte 0xff"),
+    ],
+)
+def test_an_undecodable_manifest_is_refused_with_the_place_in_the_file(tmp_path, at, bad, reason):
+    rows = [(f"s{number}", f"{number:05}.png", "ab"[number % 2], "g", "train", "0", "1") for number in range(3000)]
+    home = make_tiny(tmp_path, rows=[*rows, *tiny_rows()])
+    path = home.data / "tiny" / "manifest.csv"
+    data = path.read_bytes()
+    data = data[:at] + bad + data[at:]
+    path.write_bytes(data)
+    with pytest.raises(UnicodeDecodeError) as expected:
+        data.decode("utf-8-sig")
+    assert reason in str(expected.value)
+    with pytest.raises(ZooError) as caught:
+        load_dataset("tiny", home)
+    assert str(caught.value).endswith(f"is no valid CSV: {expected.value}; import the dataset again")
+
+
+def test_a_manifest_of_other_line_ends_columns_and_marks_is_read_alike(tmp_path):
+    home = make_tiny(tmp_path)
+    path = home.data / "tiny" / "manifest.csv"
+    expected = load_dataset("tiny", home).frame
+    lines = path.read_text().splitlines()
+    cells = [line.split(",") for line in lines]
+    for text in (
+        "\r\n".join(lines),
+        "\r".join(lines),
+        "\ufeff" + "\n".join(lines),
+        "\n".join(",".join(["more", *row[::-1]]) for row in cells),
+    ):
+        path.write_bytes(text.encode())
+        dataset = load_dataset("tiny", home)
+        assert dataset.split_digest == sha256_bytes(text.encode())
+        assert dataset.frame.equals(expected)
+
+
+def test_a_frame_and_its_parts_hold_each_text_once(tmp_path):
+    rows = [(*row[:3], row[0] if row[4] == "val" else "one group for all", *row[4:]) for row in tiny_rows()]
+    dataset = load_dataset("tiny", make_tiny(tmp_path, rows=rows))
+    for split in ("train", "val"):
+        part = dataset.of_split(split)
+        whole = dataset.frame[dataset.frame["split"] == split]
+        for column in COLUMNS:
+            assert [id(each) for each in part[column]] == [id(each) for each in whole[column]]
+    assert len({id(each) for each in dataset.frame["label"]}) == 2
+    assert len({id(each) for each in dataset.of_split("train")["group"]}) == 1
+    alone = dataset.of_split("val")
+    assert [id(each) for each in alone["group"]] == [id(each) for each in alone["sample_id"]]
+
+
+MEMORY = """
+import resource, sys, time
+import pandas
+import zoo
+import zoo.data.manifest
+from zoo.files import home
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+imports, started = peak(), time.perf_counter()
+dataset = zoo.load_dataset("tiny", home(sys.argv[1]))
+parts = [dataset.of_split(split) for split in ("train", "val", "test")]
+summary = zoo.split_summary(dataset)
+print(sum(map(len, parts)), summary["splits"]["train"]["groups"], peak() - imports, time.perf_counter() - started)
+"""
+
+
+@pytest.mark.parametrize("count", [200_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_a_manifest_of_many_rows_takes_less_than_900_bytes_a_row(tmp_path, count):
+    """A million rows in 1.5 GiB leaves 1610 bytes a row for everything, about 600 of which are a training's imports."""
+    home = make_tiny(tmp_path)
+    with (home.data / "tiny" / "manifest.csv").open("w") as stream:
+        stream.write(",".join(COLUMNS) + "\n")
+        for number in range(count):
+            group, pixels = number // 20, sha256_bytes(str(number).encode())
+            path = f"hospital-{group % 100:03}/patient-{group:07}/series-01/slice-{number:08}.png"
+            split = ("train", "val", "test", "train", "train")[group % 5]
+            line = [pixels[:16], path, "ab"[number % 2], f"patient-{group:07}", split, sha256_bytes(pixels.encode())]
+            stream.write(",".join([*line, pixels]) + "\n")
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True)
+    rows, groups, taken, seconds = done.stdout.split()
+    assert (int(rows), int(groups)) == (count, count // 20 * 3 // 5)
+    assert int(taken) < 900 * count
+    assert float(seconds) < 120 * count / 1_000_000 + 10

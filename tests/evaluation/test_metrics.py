@@ -195,6 +195,17 @@ def test_every_metric_that_a_recipe_may_select_by_is_one():
     assert all(name in METRIC_SIGN and math.isfinite(selection_score(name, p.logits, p.y_true)) for name in METRICS)
 
 
+def test_what_selects_is_scikit_learns_number_to_the_last_bit():
+    draw = np.random.default_rng(3)
+    for _ in range(300):
+        n, classes = int(draw.integers(1, 200)), int(draw.integers(2, 9))
+        y_true, logits = draw.integers(0, classes, n), draw.normal(size=(n, classes))
+        guess = logits.argmax(1)
+        recall = sk.recall_score(y_true, guess, labels=np.unique(y_true), average="macro", zero_division=0)
+        assert selection_score("balanced_accuracy", logits, y_true) == recall
+        assert selection_score("top1", logits, y_true) == sk.accuracy_score(y_true, guess)
+
+
 def test_an_undefined_selection_score_is_nan_and_beats_nothing():
     value = selection_score("auroc", np.zeros((2, 3)), np.array([1, 1]))
     assert math.isnan(value)

@@ -8,12 +8,12 @@ from torch import nn
 
 from zoo.data.cache import open_pixels
 from zoo.data.loader import epoch_order, fixed_batches
-from zoo.data.transforms import normalise_tensor
 from zoo.models.registry import create_model, find_model
 from zoo.training.boundary import Boundary, find_boundary
 from zoo.training.features import forward_pixels
 from zoo.training.plan import make_plan
 from zoo.training.precision import PrecisionPlan
+from zoo.training.speed import to_input
 from zoo.training.strategy import layer_groups, set_trained
 
 CPU = torch.device("cpu")
@@ -198,8 +198,7 @@ def test_kept_activations_give_what_the_images_give(trained, make_recipe, tmp_pa
     model, _ = build(name, 2)
     model = model.to(memory_format=precision.memory_format)
     batch = next(fixed_batches(pixels, plan.preprocessing.image_size, 4))
-    example = precision.place(normalise_tensor(torch.from_numpy(batch), plan.preprocessing))
-    found = find_boundary(model, example, precision, CPU)
+    found = find_boundary(model, to_input(batch, plan.preprocessing, precision, CPU), precision, CPU)
     assert found is not None
     seen = []
     kept = found.activations(
@@ -214,7 +213,7 @@ def test_kept_activations_give_what_the_images_give(trained, make_recipe, tmp_pa
     assert len(seen) == 1 and torch.equal(again.stored.values, kept.stored.values)
     order = epoch_order(len(kept), 5, 0, 3)
     got = list(kept.batches(order))
-    assert [places.tolist() for _, _, places in got] == order
+    assert [places.tolist() for _, _, places in got] == [list(each) for each in order]
     for activations, labels, places in got:
         assert torch.equal(activations, kept.stored.values[places]) and activations.dtype == found.dtype
         assert torch.equal(labels, kept.y_true[places])
@@ -226,7 +225,7 @@ def test_kept_activations_give_what_the_images_give(trained, make_recipe, tmp_pa
     assert len(seen) == 2
 
 
-def test_what_pays_follows_from_counts_alone():
+def test_what_pays_follows_from_counts_alone(monkeypatch):
     model, images = build("test_resnet", 3)
     found = find_boundary(model, images, FLOAT32, CPU)
     assert found is not None
@@ -239,3 +238,7 @@ def test_what_pays_follows_from_counts_alone():
     assert wide.pays(1000, 10, CPU, limit=1000 * wide.bytes_per_image)
     assert not Boundary(**{**vars(wide), "macs": 10**7}).pays(10, 10, CPU)
     assert not Boundary(**{**vars(wide), "total_macs": 10**11}).pays(10, 10, CPU)
+    monkeypatch.setenv("ZOO_CACHE_GB", "0")
+    assert not wide.pays(1000, 10, CPU)
+    monkeypatch.setenv("ZOO_CACHE_GB", "inf")
+    assert wide.pays(1000, 10, CPU) and not wide.pays((8 << 30) // wide.bytes_per_image + 1, 10, CPU)

@@ -30,7 +30,8 @@ def test_views_are_a_run_of_their_own_that_shares_the_weights(tiny, make_recipe)
     assert evaluate(viewed, "test", tiny) == before
     evaluate(plain, "test", tiny)
     assert not np.allclose(
-        read_predictions(viewed.predictions_file("test")).logits, read_predictions(plain.predictions_file("test")).logits
+        read_predictions(viewed.predictions_file("test")).logits,
+        read_predictions(plain.predictions_file("test")).logits,
     )
 
 
@@ -82,7 +83,9 @@ def test_an_average_of_epochs_is_kept_where_val_likes_it_and_survives_interrupti
     best = max(row["val_balanced_accuracy"] for row in whole.history())
     value = whole.metrics("val")["balanced_accuracy"]
     assert value >= best
-    assert ("kept in place of epoch" in note) == (float(note.split(": val balanced_accuracy ")[1][:6]) >= round(best, 4))
+    assert ("kept in place of epoch" in note) == (
+        float(note.split(": val balanced_accuracy ")[1][:6]) >= round(best, 4)
+    )
 
     def stop(tick):
         if tick.epoch == 4 and tick.phase == "network":

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from zoo.data.cache import open_pixels
 from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError
+from zoo.files import sha256_file
 from zoo.models.registry import classifier_of
 from zoo.runs import find_run, list_runs
 from zoo.training import features as module
@@ -193,7 +196,7 @@ def test_a_network_that_changes_its_classifiers_output_is_scored_whole(odd, trai
 
 def test_a_classifier_that_is_used_twice_is_refused(odd, trained, make_recipe):
     recipe = make_recipe("odd", model__name="odd_twice", finetune__strategy="linear-probe", augment__policy="none")
-    with pytest.raises(ZooError, match="Odd uses its classifier more than once .*finetune.strategy = 'full'"):
+    with pytest.raises(ZooError, match=r"Odd uses its classifier more than once .*strategy = 'full'"):
         train(recipe, "tiny", 0, trained)
 
 
@@ -231,6 +234,26 @@ def test_no_pixel_goes_through_a_backbone_twice(trained, make_recipe, monkeypatc
         np.testing.assert_array_equal(predictions_of(run, "test").logits, stored["test"])
 
 
+def test_where_nothing_is_kept_the_bits_are_the_same(trained, make_recipe, monkeypatch):
+    from zoo.training.scoring import evaluate
+
+    recipe = probe_of(trained, make_recipe)
+    files = [
+        make_plan(recipe, "tiny", 0, trained).run.path / name
+        for name in ("weights.safetensors", "predictions-test.npz")
+    ]
+    found = []
+    for limit in ("0", "50"):
+        monkeypatch.setenv("ZOO_CACHE_GB", limit)
+        run = train(recipe, "tiny", 0, trained)
+        evaluate(run, "test", trained)
+        kept = list(load_dataset("tiny", trained).folder.glob(".cache/features-*"))
+        assert bool(kept) == (limit != "0")
+        found.append([file.read_bytes() for file in files])
+        shutil.rmtree(run.path)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("place", [0.3, 0.6, 0.999])
 def test_one_flipped_byte_of_features_is_never_taken(trained, make_recipe, place):
     plan = make_plan(probe_of(trained, make_recipe), "tiny", 0, trained)
@@ -259,6 +282,9 @@ def test_features_of_another_backbone_are_never_taken(trained, make_recipe):
     state[name].view(-1)[0] += 1.0  # somebody has changed one number of the backbone
     save_file(state, run.weights_file)
     run.metrics_file("test").unlink()
+    with pytest.raises(ZooError, match="were changed after the run had ended"):
+        evaluate(run, "test", trained)
+    run.write_record(run.record.model_copy(update={"weights_sha256": sha256_file(run.weights_file)}))
     evaluate(run, "test", trained)
     pixels = open_pixels(load_dataset("tiny", trained), "test", run.record.preprocessing)
     _, wanted = forward_pixels(load_model(run, trained), pixels, run.record.preprocessing, FLOAT32, CPU)

@@ -372,6 +372,36 @@ def test_a_network_that_runs_out_of_memory_image_by_image_says_so(tiny, make_rec
         torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
 
 
+def test_a_batch_that_the_allocator_refuses_is_computed_in_parts(tiny, make_recipe):
+    import resource
+
+    from torch import nn
+
+    from zoo.models.registry import register_model
+    from zoo.models.spec import own_models
+
+    class Wide(nn.Module):
+        def __init__(self, num_classes: int) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, num_classes)
+
+        def forward(self, images):
+            if images.device.type != "meta" and self.training:
+                torch.empty(len(images), 2**28)  # a GiB for each image, asked for and never touched
+            return self.head(images.mean((2, 3)))
+
+    register_model("wide_net")(Wide)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (9 << 29), hard))
+        run = train(make_recipe(model__name="wide_net", policy="none"), "tiny", 0, tiny)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        del own_models["wide_net"]
+    assert "computed in 2 parts" in run.record.notes[0]
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -477,3 +507,37 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_before_work(tin
     with pytest.raises(ZooError, match=r"no checkpoint in '.*' is whole \(epoch-.*ValueError\); move the folder away"):
         train(recipe, "tiny", 0, tiny, on_tick=lambda _: pytest.fail("work was begun"))
     assert tensors.is_file()
+
+
+@pytest.mark.parametrize("strategy", ["full", "lp-ft"])
+def test_frozen_stages_run_once_where_images_do_not_change_and_nothing_else_does(
+    tiny, make_recipe, monkeypatch, strategy
+):
+    from zoo.models.nets import SimpleCNN
+    from zoo.training import boundary
+
+    common = {"strategy": strategy, "policy": "none", "epochs": 4, "batch_size": 6, "freeze": ["stem", "stages.0"]}
+    passes: list[bool] = []
+    whole_forward = SimpleCNN.forward_features
+
+    def counting(self, x):
+        passes.append("forward" in self.stem.__dict__)  # replaced: skipped
+        return whole_forward(self, x)
+
+    monkeypatch.setattr(SimpleCNN, "forward_features", counting)
+    monkeypatch.setattr(boundary, "WORTH", {"cpu": 1e12})  # never
+    plain = train(make_recipe("plain", **common), "tiny", 0, tiny)
+    assert sum(passes) <= 3  # the proof that it could be done
+    passes.clear()
+    monkeypatch.setattr(boundary, "WORTH", {"cpu": 0.0})
+    kept = train(make_recipe("kept", **common), "tiny", 0, tiny)
+    assert sum(passes) > 3 * (3 if strategy == "lp-ft" else 4)  # three updates and val, each epoch of the network
+    assert not (kept.path / "checkpoint").exists()
+    ours, theirs = load_file(kept.weights_file), load_file(plain.weights_file)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5)
+    broken = make_recipe("broken", **common)
+    for epoch in (3, 4):
+        with pytest.raises(Interrupted):
+            train(broken, "tiny", 0, tiny, on_tick=interrupt_at(epoch))
+    assert bits(train(broken, "tiny", 0, tiny)) == bits(kept)

@@ -4,14 +4,25 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from zoo.errors import ZooError
+from zoo.errors import Interrupted, ZooError
+from zoo.models.registry import register_model
+from zoo.models.spec import own_models
+from zoo.recipe import PRECISIONS
+from zoo.training import speed
+from zoo.training.loop import train
+from zoo.training.plan import make_plan
 from zoo.training.precision import (
     PrecisionPlan,
     choose_device,
     choose_plan,
     choose_workers,
     cores,
+    keep_plan,
+    known_plan,
+    measured_plan,
+    plan_file,
     set_threads,
 )
 
@@ -63,3 +74,145 @@ def test_workers_and_threads_fit_the_machine():
         assert set_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+# Measured plans ---------------------------------------------------------------------------------------------------
+
+FLOAT, FLOAT_NCHW, BF16 = (
+    PrecisionPlan("float32", channels_last=True),
+    PrecisionPlan("float32", channels_last=False),
+    PrecisionPlan("bf16", channels_last=True),
+)
+
+
+def pretended(seconds: dict[str, float], losses: dict[str, float] | None = None):
+    """Steps that take what they are said to take, and a list of the plans that were asked for."""
+    asked: list[str] = []
+
+    def steps(plan: PrecisionPlan, count: int) -> list[tuple[float, float]]:
+        asked.append(plan.name)
+        if plan.name not in seconds:
+            raise RuntimeError("not here")
+        return [(9.0, 1.0), *[(seconds[plan.name], (losses or {}).get(plan.name, 1.0))] * (count - 1)]
+
+    return steps, asked
+
+
+@pytest.mark.parametrize(
+    ("seconds", "losses", "chosen"),
+    [
+        ({"float32-channels-last": 1.0, "float32-nchw": 1.2, "bf16-channels-last": 0.5}, {}, BF16),
+        ({"float32-channels-last": 1.0, "float32-nchw": 0.7, "bf16-channels-last": 3.0}, {}, FLOAT_NCHW),
+        ({"float32-channels-last": 1.0, "float32-nchw": 0.95, "bf16-channels-last": 0.93}, {}, FLOAT),
+        ({"float32-channels-last": 1.0, "float32-nchw": 0.62, "bf16-channels-last": 0.6}, {}, FLOAT_NCHW),
+        ({"float32-channels-last": 1.0, "bf16-channels-last": 0.5}, {"bf16-channels-last": float("nan")}, FLOAT),
+        ({"float32-channels-last": 1.0, "bf16-channels-last": 0.5}, {"bf16-channels-last": 1.2}, FLOAT),
+        ({"float32-channels-last": 1.0, "bf16-channels-last": 0.5}, {"bf16-channels-last": 1.03}, BF16),
+    ],
+)
+def test_the_fastest_plan_that_keeps_the_loss_is_taken_and_the_usual_one_unless_clearly_beaten(seconds, losses, chosen):
+    steps, _ = pretended(seconds, losses)
+    found = measured_plan(steps, [FLOAT, FLOAT_NCHW, BF16], 32)
+    assert found == chosen and found.source == "measured"
+    assert found.measured["float32-channels-last"] == 32.0
+    if losses and chosen != BF16:
+        assert found.measured["bf16-channels-last"] is None
+
+
+def test_a_hopeless_plan_is_tried_once():
+    steps, asked = pretended({"float32-channels-last": 1.0, "float32-nchw": 1.2, "bf16-channels-last": 5.0})
+    measured_plan(steps, [FLOAT, FLOAT_NCHW, BF16], 32)
+    assert asked.count("bf16-channels-last") == 1 and asked.count("float32-nchw") == 3
+
+
+def test_compiling_is_tried_for_long_runs_and_taken_where_it_saves_more_than_it_costs():
+    seconds = {"float32-channels-last": 1.0, "float32-channels-last-compile": 0.5}
+    for steps_left, wanted in ((100, False), (10_000, True)):
+        steps, asked = pretended(seconds)
+        found = measured_plan(steps, [FLOAT], 32, lambda step_s, left=steps_left: left * step_s)
+        assert found.compiled == wanted == ("float32-channels-last-compile" in asked)
+    steps, _ = pretended({"float32-channels-last": 1.0})  # no compiler
+    found = measured_plan(steps, [FLOAT], 32, lambda step_s: 10_000 * step_s)
+    assert not found.compiled and found.measured["float32-channels-last-compile"] is None
+
+
+def test_a_real_network_is_measured_once_and_its_plan_kept_recorded_and_used(tiny, make_recipe, monkeypatch):
+    monkeypatch.setattr(speed, "FEWEST_STEPS", 4)
+    run = train(make_recipe("one", batch_size=6, epochs=2), "tiny", 0, tiny)
+    plan = run.record.precision
+    assert plan["source"] == "measured" and plan["name"] in PRECISIONS
+    assert {name for name, rate in plan["images_per_s"].items() if rate} >= {"float32-channels-last", "float32-nchw"}
+    assert all(rate is None or rate > 0 for rate in plan["images_per_s"].values())
+    again = train(make_recipe("two", epochs=2), "tiny", 1, tiny)
+    assert again.record.precision == {**plan, "source": "cached"}
+    other = train(make_recipe("three", epochs=2, image_size=48), "tiny", 0, tiny)
+    assert other.record.precision["source"] == "measured"
+    forced = train(make_recipe("four", epochs=2, precision="bf16-nchw"), "tiny", 0, tiny)
+    assert forced.record.precision == {"dtype": "bf16", "channels_last": False, "name": "bf16-nchw", "source": "forced"}
+    monkeypatch.setattr(speed, "FEWEST_STEPS", 1000)
+    short = train(make_recipe("five", epochs=1), "tiny", 0, tiny)
+    assert (short.record.precision["name"], short.record.precision["source"]) == ("float32-channels-last", "default")
+
+
+def test_a_format_that_breaks_the_network_is_left_out(tiny, make_recipe, monkeypatch):
+    from torch import nn
+
+    @register_model("proud_net")
+    def proud_net(num_classes: int) -> nn.Module:
+        class Proud(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes)
+
+            def forward(self, images):
+                maps = self.conv(images)
+                if maps.dtype != torch.float32:
+                    maps = maps * float("nan")
+                return self.head(maps.mean((2, 3)))
+
+        return Proud()
+
+    monkeypatch.setattr(speed, "FEWEST_STEPS", 4)
+    try:
+        run = train(make_recipe(model__name="proud_net", epochs=2), "tiny", 0, tiny)
+    finally:
+        del own_models["proud_net"]
+    plan = run.record.precision
+    assert plan["dtype"] == "float32"
+    assert plan["images_per_s"]["bf16-channels-last"] is None
+
+
+def test_an_interrupted_run_keeps_the_plan_that_it_began_with(tiny, make_recipe, monkeypatch):
+    def stop(tick):
+        if tick.phase == "network" and tick.epoch == 2:
+            raise KeyboardInterrupt
+
+    recipe = make_recipe(epochs=3)
+    monkeypatch.setattr(speed, "FEWEST_STEPS", 4)
+    plan = make_plan(recipe, "tiny", 0, tiny)
+    begun = PrecisionPlan("bf16", channels_last=False, source="measured", measured={"bf16-nchw": 9.0})
+    keep_plan(speed.plan_identity(plan, CPU, training=True), begun)
+    with pytest.raises(Interrupted):
+        train(recipe, "tiny", 0, tiny, on_tick=stop)
+    plan_file(speed.plan_identity(plan, CPU, training=True)).write_text("{ damaged")
+    run = train(recipe, "tiny", 0, tiny)
+    assert (run.record.precision["name"], run.record.precision["source"]) == ("bf16-nchw", "cached")
+
+
+def test_a_plan_that_cannot_be_kept_is_measured_again(tiny, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    keep_plan({"a": 1}, BF16)
+    assert known_plan({"a": 1}) is None
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_as_the_plain_one(tiny, make_recipe):
+    plain = train(make_recipe("plain", epochs=1, policy="none", optimizer__name="sgd"), "tiny", 0, tiny)
+    recipe = make_recipe("compiled", epochs=1, policy="none", optimizer__name="sgd", precision="float32-compile")
+    run = train(recipe, "tiny", 0, tiny)
+    assert run.record.precision["compiled"] is True
+    ours, theirs = load_file(run.weights_file), load_file(plain.weights_file)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-5)

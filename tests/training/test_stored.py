@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -110,3 +112,21 @@ def test_who_waits_is_told_and_may_leave(tmp_path):
     with FileLock(tmp_path / ".a.lock"), pytest.raises(KeyboardInterrupt):
         store_once(tmp_path / "a.npy", 5, lambda add: add(VALUES) or {}, on_wait)
     assert len(told) == 3
+
+
+def killed(folder: str) -> None:
+    def compute(add):
+        add(VALUES[:2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    store_once(Path(folder) / "a.npy", 5, compute)
+
+
+def test_what_a_killed_process_has_begun_is_removed(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=killed, args=(str(tmp_path),))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".a.npy.*"))) == 1
+    assert torch.equal(store(tmp_path / "a.npy", VALUES).values, VALUES)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".a.lock", "a.json", "a.npy"]

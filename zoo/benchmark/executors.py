@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from zoo.data.cache import open_pixels
 from zoo.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, ZooError, one_line
 from zoo.files import digest_of
 from zoo.models.spec import load_plugins, own_models
@@ -144,7 +144,6 @@ def run_in_processes(
     others = [number for number in range(len(steps)) if number not in results and number not in here]
     crew = _Crew(steps, others, jobs, bad_images, on_tick or (lambda _: None), tell, results)
     try:
-        _decode_once([step for number in others if isinstance(step := steps[number], Plan)], bad_images, on_tick)
         crew.work()
     except KeyboardInterrupt as stop:
         crew.stop()
@@ -155,25 +154,6 @@ def run_in_processes(
     for number in here:
         results[number] = _run_here(steps, number, bad_images, on_tick, tell)
     return [results[number] for number in range(len(steps))]
-
-
-def _decode_once(plans: Sequence[Plan], bad_images: str | None, on_tick: OnTick | None) -> None:
-    """Decode each split and size once, on all cores, so that no two processes do the same; faults are the runs'."""
-    seen = set()
-    for plan in plans:
-        for split in ("test",) if plan.run.finished else ("train", "val", "test"):
-            policy = bad_images if split == "test" else plan.bad_images
-            key = (split, policy, digest_of([plan.preprocessing.identity]))
-            if key in seen:
-                continue
-            seen.add(key)
-
-            def show(done: int, total: int, run: str = plan.run.name, split: str = split) -> None:
-                if on_tick is not None:
-                    on_tick(Tick(run, f"decoding {split}", done, total))
-
-            with suppress(ZooError):  # test is opened for its scoring alone; here too nothing looks at it
-                open_pixels(plan.dataset, split, plan.preprocessing, policy, show)
 
 
 @dataclass
@@ -198,12 +178,12 @@ class _Crew:
     tell: OnStep
     results: dict[int, Run | RunRecord]
     workers: list[_Worker] = field(default_factory=list)
-    past_features: set[int] = field(default_factory=set)
+    prepared: set[int] = field(default_factory=set)
     hired: int = 0
 
     def __post_init__(self) -> None:
         self.waiting = list(self.waiting)
-        self.features = {number: _features_key(self.steps[number]) for number in self.waiting}
+        self.kinds = {number: _kind(self.steps[number]) for number in self.waiting}
         self.devices = _devices(self.steps)
 
     def work(self) -> None:
@@ -233,13 +213,13 @@ class _Crew:
         self.workers.append(_start(max(1, cores() // self.jobs), device))
 
     def _give_work(self, worker: _Worker) -> None:
-        """Give the next run whose features no other process is computing just now."""
+        """Give the next run for which no other process prepares just now what both need."""
         busy = {
-            self.features[each.number]
+            self.kinds[each.number]
             for each in self.workers
-            if each.number is not None and each.number not in self.past_features
-        } - {None}
-        number = next((number for number in self.waiting if self.features[number] not in busy), None)
+            if each.number is not None and each.number not in self.prepared
+        }
+        number = next((number for number in self.waiting if self.kinds[number] not in busy), None)
         if number is None:
             return
         with suppress(OSError):  # a process that has just died is found by the caller
@@ -263,7 +243,7 @@ class _Crew:
                 worker.ready = True
             elif kind == "tick":
                 if value.epoch >= 1 and worker.number is not None:
-                    self.past_features.add(worker.number)
+                    self.prepared.add(worker.number)
                 self.on_tick(value)
             elif kind == "interrupted":
                 raise Interrupted(*value)
@@ -331,12 +311,15 @@ def _death(code: int) -> str:
     return f"its process was killed by signal {-code}{memory}"
 
 
-def _features_key(step: Planned) -> str | None:
-    """Return what runs have in common that can use the same cached features, or None where a run needs none."""
-    if isinstance(step, RunRecord) or step.weights is None or step.recipe.finetune.strategy in ("full", "gradual"):
-        return None
-    facts = [step.spec.name, step.network, step.recipe.model.options, step.weights.sha256]
-    return digest_of([*facts, step.preprocessing.identity, step.recipe.precision])
+def _kind(step: Planned) -> str:
+    """Return what runs have in common of which the first measures or computes what the others find ready.
+
+    That is the precision plan, and for a head the features; seeds of one recipe are of one kind.
+    """
+    assert isinstance(step, Plan)
+    recipe = step.recipe
+    facts = [step.spec.name, step.network, recipe.model.options, step.weights.sha256 if step.weights else None]
+    return digest_of([*facts, step.preprocessing.identity, recipe.precision, recipe.finetune.batch_size])
 
 
 def _devices(steps: Sequence[Planned]) -> list[str]:
@@ -394,13 +377,16 @@ def serve(descriptor: int, threads: int) -> None:
     """Train and score the runs whose numbers come over a connection until it closes; a process's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent tells when to stop
     signal.signal(signal.SIGTERM, _stop)
+    read_signals, write_signals = os.pipe()
+    os.set_blocking(write_signals, False)
+    signal.set_wakeup_fd(write_signals)
     connection = Connection(descriptor)
     orders: queue.Queue[Any] = queue.Queue()
     try:
         torch.set_num_threads(threads)
         load_plugins()
         connection.send(("ready", None))
-        threading.Thread(target=_listen, args=(connection, orders), daemon=True).start()
+        threading.Thread(target=_listen, args=(connection, orders, read_signals), daemon=True).start()
         steps, bad_images = orders.get()
         while (number := orders.get()) is not None:
             _serve_one(connection, steps[number], bad_images)
@@ -432,7 +418,7 @@ def _send(connection: Connection, kind: str, value: Any) -> None:
         connection.send((kind, value))
 
 
-def _listen(connection: Connection, orders: queue.Queue[Any]) -> None:
+def _listen(connection: Connection, orders: queue.Queue[Any], signals: int) -> None:
     """Pass orders on; where the parent has closed the connection, or is dead, stop this process within 12 s."""
     try:
         while True:
@@ -441,6 +427,8 @@ def _listen(connection: Connection, orders: queue.Queue[Any]) -> None:
             if order is None:
                 return
     except (EOFError, OSError):
-        os.kill(os.getpid(), signal.SIGTERM)
+        # A second signal would give up the step that the first one lets end: one to the whole group has come already.
+        if not select.select([signals], [], [], 0)[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_S)
         os._exit(EXIT_SIGTERM)

@@ -17,7 +17,7 @@ HOW = (
     'add a table such as [search] with "optimizer.lr" = { low = 1e-4, high = 1e-2, log = true } to its file, or give '
     "--set 'search={\"optimizer.lr\"={low=1e-4,high=1e-2,log=true}}'"
 )
-_DRAWS = 64  # of the other keys, to see whether a value goes with any of them
+_DRAWS = 500  # of the other keys, to see whether a value goes with any of them
 _DIGITS = 4  # significant digits of a number that is proposed: what a person would write into a recipe
 
 
@@ -123,7 +123,7 @@ _NEEDS: dict[str, tuple[tuple[str, tuple[Any, ...], str], ...]] = {
 def _contradicting(space: Space) -> Iterator[str]:
     """Yield what is wrong with each value that no draw of the other keys makes a recipe of."""
     draw = random.Random(0)
-    draws = [{}, *({key: _drawn(key, inner, draw) for key, inner in space.spaces.items()} for _ in range(_DRAWS))]
+    draws = [{key: _drawn(key, inner, draw) for key, inner in space.spaces.items()} for _ in range(_DRAWS)]
     table = plain_table(space.recipe)
     for key, value in probes(space):
         said = ""

@@ -126,27 +126,36 @@ class Study:
         lock = self._hold(number)
         if lock is None:
             raise ZooError(f"trial {number} of {str(self.folder)!r} is held, but not in its journal; try again")
-        if number == 0:
-            own = self.space.own_params()
-            known = {key: self._distributions[key] for key in own}
-            self._study.add_trial(create_trial(state=TrialState.RUNNING, params=own, distributions=known))
-            return Claim(0, own, self.trial_folder(0), 0, lock)
-        self._study.sampler = self._sampler(number)
-        asked = self._study.ask(self._distributions)
-        return Claim(number, dict(asked.params), self.trial_folder(number), 0, lock)
+        params = self._proposed(number) if number else self.space.own_params()
+        known = {key: self._distributions[key] for key in params}
+        # One line of the journal: a process that dies leaves a whole trial, or none.
+        self._study.add_trial(create_trial(state=TrialState.RUNNING, params=params, distributions=known))
+        return Claim(number, params, self.trial_folder(number), 0, lock)
+
+    def _proposed(self, number: int) -> dict[str, Any]:
+        """Return what TPE proposes (Bergstra et al. 2011; several keys at once: Falkner et al. 2018, arXiv 1807.01774).
+
+        It follows from the seed, the trial's number and the journal alone, so that a study that was interrupted goes
+        on as if it had not been. Trials that still run count as bad ones, so that no two processes get the same.
+        """
+        import optuna
+
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        copy = optuna.create_study(
+            study_name=self.folder.name,  # Hyperband's brackets hang on it
+            direction=self._study.direction,
+            sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
+            pruner=self._study.pruner,
+        )
+        copy.add_trials(self.frozen())
+        return dict(copy.ask(self._distributions).params)
 
     def _take_over(self, trial: FrozenTrial, lock: FileLock) -> Claim:
-        number, params = trial.number, dict(trial.params)
-        if number and len(params) < len(self._distributions):  # its process died while it drew them
-            import optuna
-
-            self._study.sampler = self._sampler(number)
-            params = _suggested(optuna.trial.Trial(self._study, self._trial_id(number)), self._distributions)
         epochs = len(trial.intermediate_values)
         before = trial.user_attrs.get("died", [0, -1])
         deaths = 1 + (before[0] if before[1] == epochs else 0)
-        self.note(number, died=[deaths, epochs])
-        return Claim(number, params, self.trial_folder(number), deaths, lock)
+        self.note(trial.number, died=[deaths, epochs])
+        return Claim(trial.number, dict(trial.params), self.trial_folder(trial.number), deaths, lock)
 
     def _hold(self, number: int) -> FileLock | None:
         lock = FileLock(self.folder / ".locks" / f"trial-{number:04d}.lock", timeout=0)
@@ -155,17 +164,6 @@ class Study:
         except Timeout:
             return None
         return lock
-
-    def _sampler(self, number: int) -> Any:
-        """Return TPE (Bergstra et al. 2011; multivariate: Falkner et al. 2018, arXiv 1807.01774) for one trial.
-
-        What it draws follows from the seed, the trial's number and the journal alone, so that a study that was
-        interrupted goes on as if it had not been.
-        """
-        import optuna
-
-        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
@@ -290,18 +288,6 @@ def _pruner(name: str, space: Space) -> Any:
 def _ends(space: Space, key: str) -> list[int]:
     inner = space.spaces.get(key, {})
     return list(inner.get("choices") or [inner[end] for end in ("low", "high") if end in inner])
-
-
-def _suggested(trial: Any, distributions: dict[str, Any]) -> dict[str, Any]:
-    """Return every parameter of a trial; those that it lacks are drawn."""
-    for key, each in distributions.items():
-        if hasattr(each, "choices"):
-            trial.suggest_categorical(key, each.choices)
-        elif isinstance(each.low, int):
-            trial.suggest_int(key, each.low, each.high, log=each.log)
-        else:
-            trial.suggest_float(key, each.low, each.high, log=each.log)
-    return dict(trial.params)
 
 
 class _JournalLock:

@@ -117,8 +117,8 @@ class _Trial:
 
     def _twin(self, digest: str) -> bool:
         """End the trial as one of the same recipe did, where there is one; the same would come out again."""
-        ended = {row["digest"]: row for row in self.study.rows() if row["state"] in ("complete", "pruned")}
-        twin = ended.get(digest)
+        ended = [row for row in self.study.rows() if row["state"] in ("complete", "pruned")]
+        twin = next((row for row in ended if row["digest"] == digest), None)
         if twin is None:
             return False
         for epoch, value in self.study.frozen()[twin["number"]].intermediate_values.items():

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from zoo.data.pictures import BLOCK, SMALL_SIDE, Small, blocks
+
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 HASH_RADIUS = 7  # bits of 64
@@ -14,12 +16,12 @@ MIN_CORRELATION = 0.99
 _NEARER_THAN_USUAL = 0.1  # of the distance that two pictures of a class usually have
 _FLAT = 2.0  # grey levels of standard deviation, below which a hash says nothing
 _CHUNKS, _CHUNK_BITS = 4, 16
-_BLOCK = 1 << 21  # candidate pairs at once: 50 MB
+_BLOCK = 1 << 18  # candidate pairs at once: 20 MB
 _CONFIRM_BLOCK = 1 << 13
 _CROWD = 1000  # different pictures of one hash that are compared each with each
 
 
-def exact_pairs(keys: Sequence[str]) -> Ints:
+def exact_pairs(keys: Sequence[str] | np.ndarray[Any, Any]) -> Ints:
     """Return the pairs (P, 2) of places whose keys are equal, sorted.
 
     Of m equal keys all m (m - 1) / 2 pairs are given up to 50 of a kind; of more, each with its first.
@@ -27,23 +29,35 @@ def exact_pairs(keys: Sequence[str]) -> Ints:
     >>> exact_pairs(["x", "y", "x"]).tolist()
     [[0, 2]]
     """
-    places: dict[str, list[int]] = {}
-    for place, key in enumerate(keys):
-        places.setdefault(key, []).append(place)
-    pairs = []
-    for same in places.values():
-        if len(same) <= 50:
-            pairs += [(one, other) for at, one in enumerate(same) for other in same[at + 1 :]]
-        else:
-            pairs += [(same[0], other) for other in same[1:]]
-    return np.array(sorted(pairs), np.int64).reshape(-1, 2)
+    codes = key_codes(keys)
+    order = np.argsort(codes, kind="stable")
+    starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
+    sizes = np.diff(starts, append=len(codes))
+    found = [np.zeros((0, 2), np.int64)]
+    for start, size in zip(starts[sizes > 1].tolist(), sizes[sizes > 1].tolist(), strict=True):
+        same = order[start : start + size]
+        one, other = np.triu_indices(size, 1) if size <= 50 else (np.zeros(size - 1, int), np.arange(1, size))
+        found.append(np.stack([same[one], same[other]], axis=1))
+    pairs = np.concatenate(found)
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+
+
+def key_codes(keys: Sequence[str] | np.ndarray[Any, Any]) -> Ints:
+    """Return a number for each key, the same for equal ones: (N,), counted from 0 in the order of their first place.
+
+    >>> key_codes(["x", "y", "x"]).tolist()
+    [0, 1, 0]
+    """
+    import pandas as pd
+
+    return pd.factorize(np.asarray(keys, dtype=object))[0].astype(np.int64)
 
 
 def near_pairs(
     hashes: np.ndarray[Any, Any],
-    small: np.ndarray[Any, Any],
+    small: Small,
     labels: Sequence[str] | np.ndarray[Any, Any],
-    keys: Sequence[str],
+    keys: Sequence[str] | np.ndarray[Any, Any],
 ) -> Ints:
     """Return the pairs (P, 2) of near-duplicates that are no exact copies, first place below the second.
 
@@ -52,14 +66,14 @@ def near_pairs(
     0.99 or more, and are ten times nearer to each other than two pictures of their class usually are: where all
     pictures of a class are alike, likeness proves nothing. Pictures without contrast are never near-duplicates.
     """
-    _, first = np.unique(np.asarray(keys), return_index=True)
-    contrast = small.reshape(len(small), -1).std(axis=1, dtype=np.float32) if len(small) else np.zeros(0)
+    _, first = np.unique(key_codes(keys), return_index=True)
+    contrast = np.concatenate([np.zeros(0), *(block.std(axis=1, dtype=np.float32) for block in blocks(small))])
     chosen = np.sort(first[contrast[first] >= _FLAT])
     if len(chosen) < 2:
         return np.zeros((0, 2), np.int64)
-    allowed = _allowed_distance(small, np.asarray(labels), chosen)
+    allowed = _allowed_distance(small, key_codes(labels), chosen)
     found = []
-    candidates = _candidates(hashes[chosen], small[chosen])
+    candidates = _candidates(hashes[chosen], small, chosen)
     for block in (part for pairs in candidates for part in _blocks(pairs, _CONFIRM_BLOCK)):
         one, other = chosen[block[:, 0]], chosen[block[:, 1]]
         distance = 1.0 - np.einsum("ij,ij->i", standardised(small[one]), standardised(small[other]))
@@ -68,39 +82,44 @@ def near_pairs(
     return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 
-def candidate_pairs(hashes: np.ndarray[Any, Any], small: np.ndarray[Any, Any] | None = None) -> Ints:
+def candidate_pairs(hashes: np.ndarray[Any, Any], small: Small | None = None) -> Ints:
     """Return all pairs (P, 2) of places whose 64-bit hashes differ in at most 7 bits.
 
     Multi-index hashing (Norouzi, Punjani and Fleet 2012, arXiv 1307.2982): of four chunks of 16 bits at least one
     differs in at most one bit, so only hashes that share such a chunk are compared. Equal hashes of more than
     1000 places are compared only with their neighbours in brightness, which needs `small` (N, 32, 32).
     """
-    found = list(_candidates(hashes, small))
+    found = list(_candidates(hashes, small, np.arange(len(hashes))))
     return np.concatenate([np.zeros((0, 2), np.int64), *found])
 
 
-def _candidates(hashes: np.ndarray[Any, Any], small: np.ndarray[Any, Any] | None) -> Iterator[Ints]:
-    """Yield the candidate pairs in blocks, each pair once with its smaller place first."""
-    values, place_of = np.unique(hashes.astype(np.uint64), return_inverse=True)
-    near = _near_values(values)
-    members = np.argsort(place_of, kind="stable")
-    start = np.searchsorted(place_of[members], np.arange(len(values) + 1))
-    for value in np.flatnonzero(np.diff(start) > 1).tolist():
-        yield np.sort(_within(members[start[value] : start[value + 1]], small), axis=1)
-    single = np.diff(start)[near].max(axis=1, initial=0) == 1
+def _candidates(hashes: np.ndarray[Any, Any], small: Small | None, chosen: Ints) -> Iterator[Ints]:
+    """Yield the candidate pairs in blocks, each pair once with its smaller place first; chosen: places in `small`."""
+    if len(hashes) == 0:
+        return
+    members = np.argsort(hashes, kind="stable")
+    in_order = hashes[members]
+    start = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1], [True]]))
+    near = _near_values(in_order[start[:-1]])
+    del in_order
+    start, sizes = start.astype(np.int32), np.diff(start).astype(np.int32)
+    for value in np.flatnonzero(sizes > 1).tolist():
+        yield np.sort(_within(members[start[value] : start[value + 1]], small, chosen), axis=1)
+    single = sizes[near].max(axis=1, initial=0) == 1
     yield np.sort(members[start[near[single]]], axis=1)
     for one, other in near[~single].tolist():
         left, right = (members[start[each] : start[each + 1]][:_CROWD] for each in (one, other))
         yield np.sort(np.stack([np.repeat(left, len(right)), np.tile(right, len(left))], axis=1), axis=1)
 
 
-def _within(members: Ints, small: np.ndarray[Any, Any] | None) -> Ints:
+def _within(members: Ints, small: Small | None, chosen: Ints) -> Ints:
     """Return the pairs of places that share a hash; of a crowd, each with its 50 nearest in brightness."""
     if len(members) <= _CROWD:
         one, other = np.triu_indices(len(members), 1)
         return np.stack([members[one], members[other]], axis=1)
     if small is not None:
-        members = members[np.argsort(small[members].reshape(len(members), -1).mean(axis=1), kind="stable")]
+        bright = [small[chosen[part]].reshape(len(part), -1).mean(axis=1) for part in _blocks(members, BLOCK)]
+        members = members[np.argsort(np.concatenate(bright), kind="stable")]
     return np.concatenate([np.stack([members[:-step], members[step:]], axis=1) for step in range(1, 51)])
 
 
@@ -112,7 +131,7 @@ def _near_values(values: np.ndarray[Any, Any]) -> Ints:
         order = np.argsort(part, kind="stable")
         in_order = part[order]
         for flipped in (0, *(1 << bit for bit in range(_CHUNK_BITS))):
-            wanted = in_order ^ flipped
+            wanted = in_order ^ np.uint16(flipped)
             # Each pair of chunks once: the partner is the larger one, or stands further on.
             from_ = np.searchsorted(in_order, wanted, "left")
             to = np.searchsorted(in_order, wanted, "right")
@@ -130,11 +149,11 @@ def _near_values(values: np.ndarray[Any, Any]) -> Ints:
     return np.stack([numbers // len(values), numbers % len(values)], axis=1)
 
 
-def _chunk(values: np.ndarray[Any, Any], chunk: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _chunk(values: np.ndarray[Any, Any], chunk: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
     """Return every fourth bit of the hashes, so that each chunk has coarse and fine ones."""
-    part = np.zeros(len(values), np.int64)
+    part = np.zeros(len(values), np.uint16)
     for bit in range(_CHUNK_BITS):
-        part |= ((values >> np.uint64(_CHUNKS * bit + chunk)) & np.uint64(1)).astype(np.int64) << bit
+        part |= ((values >> np.uint64(_CHUNKS * bit + chunk)) & np.uint64(1)).astype(np.uint16) << np.uint16(bit)
     return part
 
 
@@ -162,14 +181,17 @@ def _blocks(pairs: Ints, size: int) -> Iterator[Ints]:
 
 def standardised(small: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Return pictures as rows of mean 0 and length 1, whose products are correlations."""
-    values = small.reshape(len(small), -1).astype(np.float32)
-    values -= values.mean(axis=1, keepdims=True)
-    values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-6)
+    values = np.empty((len(small), SMALL_SIDE * SMALL_SIDE), np.float32)
+    for start, block in enumerate(blocks(small)):
+        rows = values[start * BLOCK : start * BLOCK + len(block)]
+        rows[:] = block
+        rows -= rows.mean(axis=1, keepdims=True)
+        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
     return values
 
 
 def _allowed_distance(
-    small: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], chosen: Ints
+    small: Small, labels: np.ndarray[Any, Any], chosen: Ints
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Return for each place how far (1 - correlation) a near-duplicate may be: by its class, 0.01 at most."""
     allowed = np.full(len(small), 1 - MIN_CORRELATION, np.float32)
@@ -181,7 +203,7 @@ def _allowed_distance(
     return allowed
 
 
-def _usual_distance(small: np.ndarray[Any, Any], places: Ints) -> float:
+def _usual_distance(small: Small, places: Ints) -> float:
     """Return the median distance of pairs among at most 64 pictures, spread evenly over the places."""
     if len(places) < 2:
         return 1.0

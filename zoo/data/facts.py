@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from zoo.data.decode import BadImage, Header, Pixels, decode, pixel_sha256, read_header
 from zoo.data.manifest import Dataset, Progress, map_files
+from zoo.data.pictures import BLOCK, SMALL_SIDE, Pictures, Small, read_archive, write_archive
 from zoo.data.window import Windowing, windowing_of_facts
 from zoo.errors import ZooError, one_line
-from zoo.files import atomic_writer, digest_of, sha256_bytes
+from zoo.files import atomic_writer, digest_of, sha256_bytes, write_error
 
-FACTS_VERSION = 2
-SMALL_SIDE = 32  # pixels
+FACTS_VERSION = 3
+_IN_MEMORY = 1 << 16  # pictures: 64 MiB
 MAX_FILE_BYTES = 1 << 30
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 _GOOD_SUFFIXES = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -109,9 +113,9 @@ def perceptual_hash(small: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
 class Facts:
     """The facts of all images of a manifest, in its order: N rows.
 
-    phash: (N,) uint64; small: (N, 32, 32) uint8; size: (N, 2) stored width and height in pixels; reasons: why an
-    image cannot be used any more, else empty; changed: whether its bytes differ from the import's; stats: (N, 2) size
-    and time of each file when it was looked at.
+    phash: (N,) uint64; small: (N, 32, 32) uint8, on disk where there are many; size: (N, 2) stored width and height in
+    pixels; reasons: (N,) str objects, why an image cannot be used any more, else empty; changed: whether its bytes
+    differ from the import's; stats: (N, 2) size and time of each file when it was looked at.
     """
 
     bytes: np.ndarray[Any, Any]
@@ -123,7 +127,7 @@ class Facts:
     opaque: np.ndarray[Any, Any]
     mean: np.ndarray[Any, Any]
     phash: np.ndarray[Any, Any]
-    small: np.ndarray[Any, Any]
+    small: Small
     reasons: np.ndarray[Any, Any]
     changed: np.ndarray[Any, Any]
     stats: np.ndarray[Any, Any]
@@ -133,6 +137,9 @@ class Facts:
         """Return which images can be used."""
         found: np.ndarray[Any, np.dtype[np.bool_]] = self.reasons == ""
         return found
+
+
+_NAMES = tuple(each.name for each in fields(Facts) if each.name != "small")
 
 
 def file_facts(facts: Facts) -> dict[str, np.ndarray[Any, Any]]:
@@ -154,45 +161,100 @@ def dataset_facts(dataset: Dataset, progress: Progress | None = None) -> Facts:
     """
     stored = _read_facts(facts_file(dataset), len(dataset.frame))
     stats = file_stats(dataset)
-    paths, digests = dataset.frame["path"].tolist(), dataset.frame["sha256"].tolist()
-    again = np.arange(len(paths)) if stored is None else np.flatnonzero((stored.stats != stats).any(axis=1))
+    digests = dataset.frame["sha256"].tolist()
+    again = np.arange(len(digests)) if stored is None else np.flatnonzero((stored.stats != stats).any(axis=1))
     if stored is not None and len(again) == 0:
         return stored
-    windowing = windowing_of_facts(dataset.facts)
-    rows: list[ImageFacts] = []
-    for each in map_files(lambda place: look_at_file(dataset.image_path(paths[place]), windowing), again.tolist()):
-        rows.append(each)
-        if progress:
-            progress(len(rows), len(again))
-    seen = collect(rows, [digests[place] for place in again.tolist()], stats[again])
-    if stored is None:
-        facts = seen
-    else:
-        columns = {}
-        for name in (column.name for column in fields(Facts)):
-            old, new = getattr(stored, name), getattr(seen, name)
-            columns[name] = old.astype(np.promote_types(old.dtype, new.dtype))
-            columns[name][again] = new
-        facts = Facts(**columns)
+    try:
+        facts = _look_again(dataset, again, digests, stats, progress)
+        if stored is not None:
+            facts = _updated(dataset, stored, facts, again)
+    except OSError as error:  # pictures that do not fit into memory have found no room on disk
+        raise write_error(facts_file(dataset), error) from error
     write_facts(dataset, facts)
     return facts
+
+
+def _look_again(dataset: Dataset, places: Ints, digests: list[str], stats: Ints, progress: Progress | None) -> Facts:
+    """Return the facts of the images at some places, gathered in parts: a million looks do not stay in memory."""
+    windowing, paths = windowing_of_facts(dataset.facts), dataset.frame["path"].tolist()
+    spool = _spool(dataset) if len(places) > _IN_MEMORY else None
+    parts: list[Facts] = []
+    rows: list[ImageFacts] = []
+    looks = map_files(lambda place: look_at_file(dataset.image_path(paths[place]), windowing), places.tolist())
+    for number, each in enumerate(looks, start=1):
+        rows.append(each)
+        if len(rows) == BLOCK or number == len(places):
+            chosen = places[number - len(rows) : number]
+            part = collect(rows, [digests[place] for place in chosen.tolist()], stats[chosen])
+            if spool is not None:
+                spool.write(part.small[:].tobytes())
+                part = replace(part, small=part.small[:0])
+            parts.append(part)
+            rows = []
+        if progress:
+            progress(number, len(places))
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _NAMES}
+    return Facts(**columns, small=_pictures(spool, len(places)) if spool else np.concatenate([p.small for p in parts]))
+
+
+def _updated(dataset: Dataset, stored: Facts, seen: Facts, places: Ints) -> Facts:
+    """Return stored facts with those seen anew at some places."""
+    columns = {}
+    for name in _NAMES:
+        old, new = getattr(stored, name), getattr(seen, name)
+        columns[name] = old.astype(np.promote_types(old.dtype, new.dtype))
+        columns[name][places] = new
+    if len(stored.small) <= _IN_MEMORY:
+        small = stored.small[:].copy()
+        small[places] = seen.small[:]
+        return Facts(**columns, small=small)
+    spool = _spool(dataset)
+    for start in range(0, len(stored.small), BLOCK):
+        block = stored.small[start : start + BLOCK]
+        low, high = np.searchsorted(places, [start, start + len(block)])
+        block[places[low:high] - start] = seen.small[low:high]
+        spool.write(block.tobytes())
+    return Facts(**columns, small=_pictures(spool, len(stored.small)))
+
+
+def _spool(dataset: Dataset) -> IO[bytes]:
+    """Return a file without a name, on the disk of the dataset where that can be written."""
+    folder = dataset.folder / ".cache"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=folder)
+    return tempfile.TemporaryFile()
+
+
+def _pictures(spool: IO[bytes], count: int) -> Pictures:
+    with spool:  # the map keeps what is in it
+        spool.flush()
+        return Pictures(spool, 0, count)
 
 
 def file_stats(dataset: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return size and time (ns) of each image's file, -1 where it is gone: (N, 2)."""
     found = np.full((len(dataset.frame), 2), -1, np.int64)
-    for place, path in enumerate(dataset.frame["path"].tolist()):
-        with suppress(OSError, ValueError):
-            facts = dataset.image_path(path).stat()
-            found[place] = facts.st_size, facts.st_mtime_ns
+    root = str(dataset.root)
+    for place, path in enumerate(dataset.frame["path"]):
+        try:  # not through a Path each: that takes five times as long
+            facts = os.stat(os.path.join(root, path))  # noqa: PTH116, PTH118
+        except (OSError, ValueError):
+            continue
+        found[place] = facts.st_size, facts.st_mtime_ns
     return found
 
 
 def facts_file(dataset: Dataset) -> Path:
     """Return where a dataset's facts are remembered: named by the images and the window, not by their split."""
-    frame = dataset.frame
-    digest = hashlib.sha256("\n".join(sorted(frame["sha256"] + frame["path"])).encode()).hexdigest()
-    key = digest_of([FACTS_VERSION, digest, dataset.facts.get("window"), dataset.facts.get("rescale")])
+    # The sum of the images' digests: the same in any order, without sorting a million of them.
+    total = 0
+    for sha256, path in zip(dataset.frame["sha256"], dataset.frame["path"], strict=True):
+        total += int.from_bytes(hashlib.sha256(f"{sha256}{path}".encode()).digest(), "big")
+    key = digest_of(
+        [FACTS_VERSION, f"{total % (1 << 256):064x}", dataset.facts.get("window"), dataset.facts.get("rescale")]
+    )
     return dataset.folder / ".cache" / f"facts-{key[:16]}.npz"
 
 
@@ -212,7 +274,7 @@ def collect(rows: Sequence[ImageFacts], digests: Sequence[str], stats: np.ndarra
         mean=np.array([each.mean for each in rows], np.float32),
         phash=np.array([each.phash for each in rows], np.uint64),
         small=np.stack([blank if each.small is None else each.small for each in rows]),
-        reasons=np.array([each.reason for each in rows], str),
+        reasons=np.array([each.reason for each in rows], object),
         changed=np.array(
             [bool(each.sha256) and each.sha256 != digest for each, digest in zip(rows, digests, strict=True)], bool
         ),
@@ -222,20 +284,25 @@ def collect(rows: Sequence[ImageFacts], digests: Sequence[str], stats: np.ndarra
 
 def write_facts(dataset: Dataset, facts: Facts) -> None:
     """Remember facts; a folder that cannot be written is passed over, for they can be had again."""
+    # Once each: one long reason would make the texts of a million images as long.
+    texts, codes = np.unique(facts.reasons.astype(object), return_inverse=True)
+    columns = {name: getattr(facts, name) for name in _NAMES if name != "reasons"}
+    columns |= {"texts": texts.astype(str), "codes": codes.astype(np.int32)}
     try:
         with atomic_writer(facts_file(dataset)) as stream:
-            np.savez(stream, allow_pickle=False, **{each.name: getattr(facts, each.name) for each in fields(Facts)})
+            write_archive(stream, columns, facts.small)
     except ZooError:
         return
 
 
 def _read_facts(file: Path, count: int) -> Facts | None:
     try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            facts = Facts(**{each.name: stored[each.name] for each in fields(Facts)})
+        columns, small = read_archive(file)
+        reasons = columns.pop("texts").astype(object)[columns.pop("codes")]
+        facts = Facts(**columns, reasons=reasons, small=small if count > _IN_MEMORY else small[:])
     except Exception:  # missing, cut off or damaged: looked at again
         return None
-    return facts if len(facts.bytes) == count else None
+    return facts if all(len(getattr(facts, name)) == count for name in (*_NAMES, "small")) else None
 
 
 def wrong_suffix(path: str, image_format: str) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -11,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.duplicates import Ints, exact_pairs, near_pairs, standardised
+from zoo.data.duplicates import Ints, exact_pairs, key_codes, near_pairs, standardised
 from zoo.data.facts import Facts, dataset_facts
 from zoo.data.manifest import Dataset, Progress
+from zoo.data.pictures import Chosen, blocks
 from zoo.errors import ZooError, one_line
 from zoo.files import digest_of, read_json, write_json
 
@@ -96,10 +98,10 @@ class Pairs:
 def duplicate_pairs(dataset: Dataset, facts: Facts) -> Pairs:
     """Return the copies and near-copies among those images of a dataset that can be used."""
     frame, good = dataset.frame, np.flatnonzero(facts.good)
-    keys = frame["pixel_sha256"].to_numpy(dtype=str)[good].tolist()
-    labels = frame["label"].to_numpy(dtype=str)[good]
-    near = near_pairs(facts.phash[good], facts.small[good], labels, keys)
-    return Pairs(exact_pairs(frame["pixel_sha256"].tolist()), good[near])
+    keys, labels = frame["pixel_sha256"].to_numpy(dtype=object), frame["label"].to_numpy(dtype=object)
+    small = facts.small if facts.good.all() else Chosen(facts.small, good)
+    near = near_pairs(facts.phash[good], small, labels[good], keys[good])
+    return Pairs(exact_pairs(keys), good[near])
 
 
 def find_leaks(dataset: Dataset, progress: Progress | None = None) -> Leaks:
@@ -142,8 +144,8 @@ def refuse_leaks(dataset: Dataset, accept: bool, progress: Progress | None = Non
 def leaks_of(dataset: Dataset, pairs: Pairs, order: ScanOrder | None) -> Leaks:
     """Return what leaks, out of a dataset's pairs of copies and the order of its file numbers."""
     frame = dataset.frame
-    paths, splits = frame["path"].to_numpy(dtype=str), frame["split"].to_numpy(dtype=str)
-    labels = frame["label"].to_numpy(dtype=str)
+    paths, splits = frame["path"].to_numpy(dtype=object), frame["split"].to_numpy(dtype=object)
+    labels = frame["label"].to_numpy(dtype=object)
     across = {
         "exact_pairs": pairs.exact[splits[pairs.exact[:, 0]] != splits[pairs.exact[:, 1]]],
         "near_pairs": pairs.near[splits[pairs.near[:, 0]] != splits[pairs.near[:, 1]]],
@@ -196,39 +198,54 @@ def _remedy(dataset: Dataset, leaks: Leaks) -> str:
     return f"split again with `{' '.join(['zoo data split', name, *options])}`{folds}"
 
 
-def file_numbers(paths: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the last number in each file's stem, or -1 where there is none.
+def file_number(path: str) -> int:
+    """Return the last number in a file's stem, or -1 where there is none.
 
-    >>> file_numbers(["a/case (7).jpg", "b/x.png"]).tolist()
-    [7, -1]
+    >>> file_number("a/case (7).jpg"), file_number("b/x.png")
+    (7, -1)
     """
-    found = [re.findall(r"[0-9]+", PurePosixPath(path).stem) for path in paths]
-    return np.array([int(each[-1][-15:]) if each else -1 for each in found], np.int64)
+    found = re.findall(r"[0-9]+", PurePosixPath(path).stem)
+    return int(found[-1][-15:]) if found else -1
 
 
 def scan_order(dataset: Dataset, facts: Facts) -> ScanOrder | None:
     """Return whether likeness follows file numbers, asked of at most 1000 images; None where few have numbers."""
-    good = np.flatnonzero(facts.good & (facts.small.reshape(len(facts.small), -1).std(axis=1) > 0))
-    paths = dataset.frame["path"].to_numpy(dtype=str)[good]
-    numbers = file_numbers(paths.tolist())
-    if len(good) < 20 or (numbers >= 0).mean() < 0.9:
-        return None
+    contrast = np.concatenate([np.zeros(0, bool), *(block.std(axis=1) > 0 for block in blocks(facts.small))])
+    good = np.flatnonzero(facts.good & contrast)
+    paths, numbered = dataset.frame["path"].to_numpy(dtype=object), 0
+
+    def keys() -> Iterator[tuple[str, int, int]]:
+        nonlocal numbered
+        for place in good.tolist():
+            number = file_number(paths[place])
+            numbered += number >= 0
+            yield str(PurePosixPath(paths[place]).parent), number, place
+
     # Of many images a run of whole neighbourhoods is looked at: a random choice would have no neighbours.
-    folders = np.array([str(PurePosixPath(path).parent) for path in paths])
-    order = np.lexsort((numbers, folders))[:_REFERENCES]
-    good, folders, numbers = good[order], folders[order], numbers[order]
-    values = standardised(facts.small[good])
+    order = heapq.nsmallest(_REFERENCES, keys())
+    if len(good) < 20 or numbered / len(good) < 0.9:
+        return None
+    folders, numbers = key_codes([name for name, _, _ in order]), np.array([number for _, number, _ in order])
+    good = np.array([place for _, _, place in order])
     asked = np.unique(np.linspace(0, len(good) - 1, min(_QUERIES, len(good))).astype(int))
-    likeness = values[asked] @ values.T
-    likeness[np.arange(len(asked)), asked] = -2
-    nearest = likeness.argmax(axis=1)
+    nearest = _nearest(standardised(facts.small[good]), asked)
     near = (folders[asked] == folders[nearest]) & (np.abs(numbers[asked] - numbers[nearest]) <= _NEIGHBOURS)
-    splits = dataset.frame["split"].to_numpy(dtype=str)[good]
+    splits = dataset.frame["split"].to_numpy(dtype=object)[good]
     sizes = {name: int(count) for name, count in zip(*np.unique(folders, return_counts=True), strict=True)}
     chance = float(np.mean([min(1.0, 2 * _NEIGHBOURS / max(1, sizes[name] - 1)) for name in folders[asked].tolist()]))
     other = near & (splits[asked] != splits[nearest])
     across = np.stack([good[asked[other]], good[nearest[other]]], axis=1)
     return ScanOrder(float(near.mean()), chance, len(asked), across)
+
+
+def _nearest(values: np.ndarray[Any, np.dtype[np.float32]], asked: Ints) -> Ints:
+    """Return which other row is most like each of those asked for."""
+    found = []
+    for part in np.array_split(asked, max(1, len(asked) // 100)):
+        likeness = values[part] @ values.T
+        likeness[np.arange(len(part)), part] = -2
+        found.append(likeness.argmax(axis=1))
+    return np.concatenate(found)
 
 
 def describe_leaks(leaks: Leaks) -> list[str]:

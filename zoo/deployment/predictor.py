@@ -22,8 +22,11 @@ from zoo.errors import ZooError, one_line
 from zoo.evaluation.explain import activation_maps, overlay
 from zoo.files import Home, atomic_writer, check_writable, user_path
 from zoo.runs import Preprocessing, Run, RunRecord, find_run
-from zoo.training.precision import PrecisionPlan, choose_device, set_threads
+from zoo.training.precision import PrecisionPlan, choose_device, recorded_plan, set_threads
 from zoo.training.scoring import finished_record, load_model
+from zoo.training.views import logits_of_views
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 _EXPLAINED = 16  # images at once: gradients need more memory than scores
 
@@ -52,13 +55,21 @@ class Prediction:
 
 
 class Predictor:
-    """A network together with the preprocessing and the class names that belong to it."""
+    """A network together with the preprocessing and the class names that belong to it.
+
+    tta: the views of an image that scores are the mean of (`zoo.training.views`), as the run was scored.
+    """
 
     def __init__(
-        self, model: nn.Module, preprocessing: Preprocessing, classes: list[str], precision: PrecisionPlan
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        classes: list[str],
+        precision: PrecisionPlan,
+        tta: str = "none",
     ) -> None:
         self.model, self.preprocessing, self.classes = model, preprocessing, list(classes)
-        self.precision = precision
+        self.precision, self.tta = precision, tta
         self.device = next(model.parameters()).device
 
     @classmethod
@@ -72,28 +83,32 @@ class Predictor:
         assert record.preprocessing is not None
         set_threads()
         chosen = choose_device(device)
-        dtype = record.precision.get("dtype", "float32")
-        if chosen.type != record.device.split(":")[0]:
-            dtype = "float32"
-        model = load_model(run, root, str(chosen))
-        return cls(model, record.preprocessing, record.classes, PrecisionPlan(dtype, channels_last=True))
+        same = chosen.type == record.device.split(":")[0]
+        plan = recorded_plan(record.precision) if same else PrecisionPlan("float32", channels_last=True)
+        model = load_model(run, root, str(chosen)).to(memory_format=plan.memory_format)
+        return cls(model, record.preprocessing, record.classes, plan, record.tta)
 
-    def pixels(self, data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def pixels(self, data: bytes) -> Pixels:
         """Return the network's view of an encoded image: uint8 of shape (size, size, 3).
 
         Raises BadImage where it cannot be decoded.
         """
-        decoded = decode(data, windowing_of(self.preprocessing))
-        resized = resize(decoded, self.preprocessing.resize_size, self.preprocessing.interpolation)
-        return center_crop(resized, self.preprocessing.image_size)
+        return center_crop(self._resized(data), self.preprocessing.image_size)
 
-    def scores(self, batch: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def _resized(self, data: bytes) -> Pixels:
+        decoded = decode(data, windowing_of(self.preprocessing))
+        return resize(decoded, self.preprocessing.resize_size, self.preprocessing.interpolation)
+
+    def scores(self, batch: Pixels) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return softmax scores (B, classes) of uint8 images (B, size, size, 3)."""
+        found: np.ndarray[Any, np.dtype[np.float64]] = torch.softmax(self._logits(batch).double(), 1).numpy()
+        return found
+
+    def _logits(self, batch: Pixels) -> torch.Tensor:
         with torch.inference_mode(), self.precision.autocast(self.device):
             images = normalise_tensor(torch.from_numpy(batch).to(self.device), self.preprocessing)
-            logits = self.model(self.precision.place(images))
-        found: np.ndarray[Any, np.dtype[np.float64]] = torch.softmax(logits.cpu().double(), 1).numpy()
-        return found
+            logits: torch.Tensor = self.model(self.precision.place(images)).float().cpu()
+        return logits
 
     def explain(self, batch: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return where the network looked for the class it predicts: uint8 (B, size, 2 x size, 3).
@@ -142,16 +157,20 @@ class Predictor:
 
     def _batch(self, numbered: list[tuple[int, Path]], folder: Path | None) -> Iterator[Prediction]:
         files = [file for _, file in numbered]
-        images: dict[int, np.ndarray[Any, Any]] = {}
+        images: dict[int, Pixels] = {}
         errors: dict[int, str] = {}
         for place, file in enumerate(files):
             try:
-                images[place] = self.pixels(file.read_bytes())
+                images[place] = self._resized(file.read_bytes())
             except OSError as error:
                 errors[place] = one_line(error.strerror or error)
             except BadImage as error:
                 errors[place] = str(error)
-        scores = dict(zip(images, self.scores(np.stack(list(images.values()))), strict=True)) if images else {}
+        scores: dict[int, Any] = {}
+        if images:
+            logits = logits_of_views(list(images.values()), self.preprocessing, self.tta, self._logits)
+            scores = dict(zip(images, torch.softmax(logits.double(), 1).numpy(), strict=True))
+        images = {place: center_crop(image, self.preprocessing.image_size) for place, image in images.items()}
         shown = self._write_explanations(images, numbered, folder) if folder is not None and images else {}
         for place, file in enumerate(files):
             if place in errors:

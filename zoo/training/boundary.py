@@ -8,22 +8,26 @@ rest, started from there, gives the network's own outputs to the last bit is pro
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from zoo.data.cache import Pixels
 from zoo.data.loader import fixed_batches
+from zoo.data.room import cache_limit
 from zoo.data.transforms import normalise_tensor
 from zoo.training.features import FORWARD_BATCH, OnBatch, array_name, digest_tensors
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan
 from zoo.training.stored import Stored, store_once
+
+Places = Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
 
 DEFAULT_LIMIT = 8 << 30
 # Multiply-adds that must be saved for each byte that is read instead. In the nanosecond that a byte takes from a disk
@@ -63,12 +67,14 @@ class Boundary:
         """Return what one image's activations take on disk."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
-    def pays(self, images: int, epochs: int, device: torch.device, limit: int = DEFAULT_LIMIT) -> bool:
+    def pays(self, images: int, epochs: int, device: torch.device, limit: float | None = None) -> bool:
         """Return whether keeping the activations of so many images for so many epochs is worth their bytes.
 
-        It follows from network, data, recipe, kind of device and limit (bytes) alone, never from a clock or from what
-        is free: whether activations are kept may show in the last bits of a run.
+        limit: the most bytes; left out, 8 GiB, and no more than `ZOO_CACHE_GB`. The answer follows from network, data,
+        recipe, kind of device and limit alone, never from a clock or from what is free: whether activations are kept
+        may show in the last bits of a run.
         """
+        limit = min(DEFAULT_LIMIT, cache_limit()) if limit is None else limit
         saved = self.macs / self.bytes_per_image >= WORTH.get(device.type, WORTH_ELSEWHERE)
         share = self.macs / max(1, self.total_macs)
         return saved and share >= LEAST_SHARE and epochs >= 2 and images * self.bytes_per_image <= limit
@@ -157,17 +163,17 @@ class Activations:
     def __len__(self) -> int:
         return len(self.y_true)
 
-    def batch(self, places: Sequence[int]) -> torch.Tensor:
+    def batch(self, places: Places) -> torch.Tensor:
         """Return the activations (B, ...) of some images: a copy on the CPU, in the network's memory format."""
-        values, chosen = self.stored.values, list(places)
+        values, chosen = self.stored.values, torch.from_numpy(np.array(places, np.int64))
         if self.stored.facts["channels_last"]:
             return values.permute(0, 2, 3, 1)[chosen].permute(0, 3, 1, 2)
         return values[chosen]
 
-    def batches(self, order: Sequence[Sequence[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def batches(self, order: Iterable[Places]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield activations, labels (B,) and places (B,) in an order as `epoch_order` gives it."""
         for places in order:
-            chosen = torch.tensor(list(places))
+            chosen = torch.from_numpy(np.array(places, np.int64))
             yield self.batch(places), self.y_true[chosen], chosen
 
 

@@ -105,8 +105,8 @@ def _derive_soup(plan: Plan, runs: list[Run], pixels: Pixels) -> None:
     best = runs[[run.name for run in runs].index(soup.chosen[0])]
     logits = scorer.logits(soup.state, averaged=len(soup.chosen) > 1)
     _copy(best, plan.run)
-    save_tensors(plan.run.weights_file, scorer.state())
-    facts = finished_record(best).model_dump()
+    sha256 = save_tensors(plan.run.weights_file, scorer.state())
+    facts = {**finished_record(best).model_dump(), "weights_sha256": sha256}
     facts |= plan.record("finished").model_dump(include={"run", "recipe", "recipe_digest", "seed", "weights"})
     facts["train_s"] = round(sum(record.train_s or 0.0 for record in records), 3)
     facts["made_of"] = soup.chosen

@@ -15,6 +15,7 @@ from torch import nn
 
 from zoo.data.cache import Pixels
 from zoo.data.loader import fixed_batches
+from zoo.data.room import cache_limit
 from zoo.data.transforms import normalise_tensor
 from zoo.errors import ZooError
 from zoo.files import digest_of
@@ -168,7 +169,12 @@ def _from(stored: Stored, y_true: torch.Tensor) -> Features:
 
 
 def are_kept(plan: Plan | RunRecord) -> bool:
-    """Return whether features are kept on disk: of a backbone from a file, as it was before any training of its own."""
+    """Return whether features are kept on disk: of a backbone from a file, as it was before any training of its own.
+
+    `ZOO_CACHE_GB=0` keeps none.
+    """
+    if cache_limit() == 0:
+        return False
     if isinstance(plan, RunRecord):
         return plan.strategy == "linear-probe" and plan.weights.get("sha256") is not None
     return plan.weights is not None

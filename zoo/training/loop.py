@@ -16,6 +16,7 @@ from zoo.runs import Run, run_lock
 from zoo.training.checkpoint import remove_checkpoints
 from zoo.training.derived import derive, is_derived, sources
 from zoo.training.interruption import Interruption
+from zoo.training.memory import freed_memory_kept
 from zoo.training.parallel import Group, joined
 from zoo.training.plan import Plan, finished_run, make_plan
 from zoo.training.precision import choose_device
@@ -118,15 +119,20 @@ def _with_less_memory(plan: Plan, group: Group, interruption: Interruption, on_t
     """Train; where memory does not suffice, go on from the last checkpoint with batches computed in twice the parts."""
     parts = 1
     while True:
+        oldest = torch.zeros((), requires_grad=True) * 1
         trainer = Trainer(plan, group, interruption, on_tick, on_epoch, parts)
         try:
-            return trainer.run()
+            # What is short is not kept from other uses.
+            with freed_memory_kept() if parts == 1 else nullcontext():
+                return trainer.run()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or group.world > 1:
                 raise
             parts = 2 * trainer.progress.parts
             said = one_line(error, 120)
         del trainer
+        # autograd's queue holds on to a backward pass that broke until it is asked for something older than that.
+        oldest.backward()  # type: ignore[no-untyped-call]
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -142,10 +148,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory, of the machine or the card, did not suffice."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error)
-        for words in ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
-    )
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+# The last three are oneDNN's words where it gets no memory for its work.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "std::bad_alloc",
+    "could not create a memory",
+    "could not create a primitive",
+    "could not execute a primitive",
+)
 
 
 def _record_failure(plan: Plan, group: Group, reason: str, trace: str = "") -> None:

@@ -50,10 +50,9 @@ class LrRange:
     """What a range test found; all rates are those of the top layer group.
 
     key: of the recipe, `optimizer.lr` or `finetune.head_lr`; own: its present value. lrs, losses, smoothed: of each
-    update. steepest: where the smoothed loss falls fastest over the rate's logarithm; lowest: where it is lowest
-    before its first clear rise.
-    suggested: the smaller of `steepest` and a tenth of `lowest`; all three None where the loss never fell clearly.
-    stopped: why the test ended.
+    update. steepest: where the smoothed loss falls fastest over the rate's logarithm; lowest: where it is lowest before
+    its first clear rise. suggested: the smaller of `steepest` and a tenth of `lowest`; all three None where the loss
+    never fell clearly. stopped: where the test ended.
     """
 
     key: str

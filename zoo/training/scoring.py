@@ -16,7 +16,7 @@ from zoo.errors import ZooError, one_line
 from zoo.evaluation.ledger import record_look
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
-from zoo.files import Home, home, write_json
+from zoo.files import Home, home, sha256_file, write_json
 from zoo.models.registry import classifier_of, create_model, find_model, own_network_digest
 from zoo.runs import SPLITS, Run, RunRecord, find_run
 from zoo.training.features import (
@@ -53,6 +53,7 @@ def load_model(run: Run | str, root: Home | None = None, device: str = "cpu") ->
         raise ZooError(
             f"the weights of run {run.name!r} do not fit {record.model!r}: {one_line(error, 200)}; train it again"
         ) from error
+    _refuse_changed(run, record)
     return model.eval().to(choose_device(device)).to(memory_format=torch.channels_last)
 
 
@@ -71,6 +72,12 @@ def _weights_of(run: Run) -> dict[str, torch.Tensor]:
         return load_file(run.weights_file)
     except (OSError, SafetensorError) as error:
         raise ZooError(f"the weights of run {run.name!r} cannot be read: {one_line(error)}; train it again") from error
+
+
+def _refuse_changed(run: Run, record: RunRecord) -> None:
+    """Refuse weights that are no longer those of the run: a flipped byte loads silently."""
+    if record.weights_sha256 is not None and sha256_file(run.weights_file) != record.weights_sha256:
+        raise ZooError(f"the weights of run {run.name!r} were changed after the run had ended; train it again")
 
 
 def finished_record(run: Run) -> RunRecord:
@@ -158,6 +165,7 @@ def _kept_logits(
         shell = _build(record)
     head, classifier = classifier_of(shell)
     state = _weights_of(run)
+    _refuse_changed(run, record)
     own = {key: value for key, value in state.items() if key.startswith(f"{head}.")}
     computed = [name for name, _ in classifier.named_buffers() if f"{head}.{name}" not in own]
     features = kept_features(state, head, pixels, split, record, precision, device)

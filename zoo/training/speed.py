@@ -49,7 +49,7 @@ def plan_precision(
     known = None if again else known_plan(identity)
     if known is not None:
         return known
-    timed = _training_steps(plan, model, device) if training else _forward_steps(plan, model, device)
+    timed = training_steps(plan, model, device) if training else forward_steps(plan, model, device)
     images = plan.recipe.finetune.batch_size if training else FORWARD_BATCH
     found = measured_plan(timed, candidates(device), images, (lambda step_s: steps * step_s) if training else None)
     keep_plan(identity, found)
@@ -93,9 +93,11 @@ def made_up_batch(count: int, image_size: int, classes: int) -> Batch:
     return torch.from_numpy(pixels), places % classes, places
 
 
-def _training_steps(
-    plan: Plan, model: nn.Module, device: torch.device
-) -> Callable[[PrecisionPlan, int], list[tuple[float, float]]]:
+Steps = Callable[[PrecisionPlan, int], list[tuple[float, float]]]
+
+
+def training_steps(plan: Plan, model: nn.Module, device: torch.device) -> Steps:
+    """Return what trains a copy of the model for so many steps, each update of one batch: seconds and loss of each."""
     classes, size = len(plan.dataset.classes), plan.preprocessing.image_size
     batch = made_up_batch(plan.recipe.finetune.batch_size, size, classes)
     criterion = make_criterion(plan.recipe.loss, np.ones(classes, np.int64), device)
@@ -112,9 +114,8 @@ def _training_steps(
     return steps
 
 
-def _forward_steps(
-    plan: Plan, model: nn.Module, device: torch.device
-) -> Callable[[PrecisionPlan, int], list[tuple[float, float]]]:
+def forward_steps(plan: Plan, model: nn.Module, device: torch.device) -> Steps:
+    """Return what scores FORWARD_BATCH images so many times: seconds and cross-entropy of each."""
     classes, size = len(plan.dataset.classes), plan.preprocessing.image_size
     pixels, labels, _ = made_up_batch(FORWARD_BATCH, size, classes)
 
@@ -145,8 +146,3 @@ def _timed(step: Callable[[], float], count: int, device: torch.device) -> list[
             torch.cuda.synchronize(device)
         found.append((time.perf_counter() - started, loss))
     return found
-
-
-def made_up_images(count: int, preprocessing: Preprocessing) -> torch.Tensor:
-    """Return noise as scoring reads it: uint8 (count, size, size, 3)."""
-    return made_up_batch(count, preprocessing.image_size, 1)[0]

@@ -9,18 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from zoo.data.loader import Batch, TrainBatches, share
+from zoo.data.loader import Batch, share
 from zoo.data.transforms import normalise_tensor
 from zoo.errors import ZooError
 from zoo.recipe import Recipe
 from zoo.runs import Preprocessing
+from zoo.training.boundary import Boundary
 from zoo.training.checkpoint import Progress
 from zoo.training.interruption import Interruption
 from zoo.training.loss import Criterion
@@ -37,7 +38,11 @@ class NonFiniteLossError(ZooError):
 
 @dataclass
 class Updater:
-    """Forward, backward and update: what one step of a recipe is, whoever asks for it."""
+    """Forward, backward and update: what one step of a recipe is, whoever asks for it.
+
+    network: what is called in place of the model, compiled or in several processes. boundary: where the network goes on
+    from activations that take the images' place.
+    """
 
     recipe: Recipe
     preprocessing: Preprocessing
@@ -52,6 +57,7 @@ class Updater:
     parts: int = 1
     scaler: torch.amp.GradScaler | None = None
     network: Callable[[torch.Tensor], torch.Tensor] | None = None
+    boundary: Boundary | None = None
 
     def __post_init__(self) -> None:
         self.mixup = _make_mixup(self.recipe, self.classes)
@@ -94,6 +100,8 @@ class Updater:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         labels = labels.to(self.device, non_blocking=True)
+        if self.boundary is not None:  # activations, kept where the frozen stages end
+            return pixels.to(self.device, non_blocking=True), labels, labels
         images = normalise_tensor(pixels.to(self.device, non_blocking=True), self.preprocessing)
         if image_size != images.shape[-1]:
             size = (image_size, image_size)
@@ -118,9 +126,10 @@ class Updater:
     def _backward(
         self, images: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, whole: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        network = self.network or self.model
-        with self.precision.autocast(self.device):
-            logits = network(self.precision.place(images))
+        network = self.model if self.network is None else self.network
+        starts = self.boundary.replay(self.model) if self.boundary is not None else nullcontext()
+        with self.precision.autocast(self.device), starts:
+            logits = network(self.precision.place(images) if self.boundary is None else images)
         if whole is None:
             loss = self.criterion(logits.float(), target)
         else:
@@ -144,6 +153,16 @@ class Updater:
             self.scaler.update()
 
 
+class Batches(Protocol):
+    """What an epoch's batches come from."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from number `start` on."""
+        ...
+
+
 @dataclass
 class EpochTrainer:
     """The updates of an epoch: counted, checked, told of, and saved now and then."""
@@ -162,7 +181,7 @@ class EpochTrainer:
         self.saved_at = time.perf_counter()
         self.whole = True  # whether model, optimiser and counters belong to the same moment
 
-    def epoch(self, batches: TrainBatches, epoch: int, image_size: int) -> dict[str, Any]:
+    def epoch(self, batches: Batches, epoch: int, image_size: int) -> dict[str, Any]:
         """Train what is left of an epoch; return its row of the history. The sums stay until the epoch is scored."""
         progress, group = self.progress, self.updater.group
         sums = progress.partial = {"loss": 0.0, "hits": 0.0, "images": 0.0, "seconds": 0.0, **progress.partial}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from zoo.errors import ZooError
-from zoo.files import atomic_writer, read_json, sha256_file, write_json
+from zoo.files import atomic_writer, read_json, remove_half_written, sha256_file, write_json
 
 WAIT_S = 0.2
 
@@ -133,6 +133,8 @@ def _only_one(file: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=WAIT_S)
+            for each in (file, _record(file)):
+                remove_half_written(file.parent, each.name)  # of a process that was killed
             break
         except Timeout:
             on_wait()

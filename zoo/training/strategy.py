@@ -143,8 +143,9 @@ def set_trained(model: nn.Module, names: set[str] | None) -> None:
     if names is None:
         return
     for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        if own and not any(parameter.requires_grad for parameter in own):
+        # With all that lies in it: a frozen stage gives the same for the same image, without dropout of its own.
+        inside = list(module.parameters())
+        if inside and not any(parameter.requires_grad for parameter in inside):
             module.eval()
 
 

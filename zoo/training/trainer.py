@@ -11,12 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from zoo.data.cache import Pixels, open_pixels
-from zoo.data.loader import TrainBatches
-from zoo.data.transforms import make_augment
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.metrics import METRIC_SIGN, selection_score
 from zoo.files import to_json, write_error, write_text
@@ -29,24 +26,20 @@ from zoo.training.checkpoint import (
     Progress,
     keep_tensors,
     load_checkpoint,
-    remove_checkpoints,
     save_checkpoint,
-    save_tensors,
 )
-from zoo.training.derived import StateScorer, average_epochs
-from zoo.training.environment import device_name, versions
 from zoo.training.head import HeadTrainer
+from zoo.training.inputs import Inputs, make_inputs
 from zoo.training.interruption import Interruption
 from zoo.training.loss import make_criterion
+from zoo.training.outcome import finish
 from zoo.training.parallel import Group, across, share_batch_norm
 from zoo.training.plan import Plan
-from zoo.training.precision import PrecisionPlan, begun_plan, choose_device, choose_workers, set_threads
-from zoo.training.scoring import write_scores
+from zoo.training.precision import PrecisionPlan, begun_plan, choose_device, set_threads
 from zoo.training.speed import FORWARD_BATCH, compiled, plan_precision
 from zoo.training.step import FINITE_FIX, EpochTrainer, NonFiniteLossError, Updater, make_ema
 from zoo.training.strategy import (
     Phase,
-    frozen_names,
     image_size_of,
     make_optimizer,
     make_scheduler,
@@ -136,7 +129,7 @@ class Trainer:
                 self._train_network(model, phase)
         self._account()
         if self.group.leads:
-            self._finish(model, note)
+            finish(self, model, note)
         self.group.wait()
         return plan.run
 
@@ -160,10 +153,12 @@ class Trainer:
             raise ZooError(f"split 'train' has no readable image of class {names}; import the data again")
 
     def _pixels(self, split: str) -> Pixels:
-        def on_image(done: int, total: int) -> None:
-            self.on_tick(Tick(self.plan.run.name, f"decoding {split}", done, total))
+        tell = self._counted(f"decoding {split}")
+        return open_pixels(self.plan.dataset, split, self.plan.preprocessing, self.plan.bad_images, tell)
 
-        return open_pixels(self.plan.dataset, split, self.plan.preprocessing, self.plan.bad_images, on_image)
+    def _counted(self, phase: str) -> Callable[[int, int], None]:
+        """Return what tells of images done and in all."""
+        return lambda done, total: self.on_tick(Tick(self.plan.run.name, phase, done, total))
 
     def _precision(self, model: nn.Module) -> PrecisionPlan:
         """Return the plan that an interrupted run began with, else the one asked for or measured."""
@@ -189,10 +184,11 @@ class Trainer:
         started = time.perf_counter()
         self.progress = Progress(parts=self.progress.parts, precision=self.progress.precision)
         name, classifier = classifier_of(model)
-        self.on_tick(Tick(self.plan.run.name, "features", 0, 1, 0, self.recipe.finetune.epochs))
         with self.group.first_alone():
             train, val = (
-                feature_cache.split_features(model, pixels, split, self.plan, self.precision, self.device)
+                feature_cache.split_features(
+                    model, pixels, split, self.plan, self.precision, self.device, self._counted(f"features of {split}")
+                )
                 for split, pixels in (("train", self.train_pixels), ("val", self.val_pixels))
             )
         # A run that finds the features in the cache is charged for what they cost, so that all are alike.
@@ -209,6 +205,8 @@ class Trainer:
             if self._stopped_early:
                 break
         feature_cache.load_grown(model, self.best)
+        if self.recipe.finetune.strategy == "linear-probe" and val.whole:  # as test will be scored
+            self.best_logits = feature_cache.head_logits(classifier_of(model)[1], val, self.precision, self.device)
         self.progress.train_s += charged
         self.progress.epoch = phase.first_epoch + phase.epochs - 1
         if self.recipe.finetune.strategy != "linear-probe":
@@ -217,10 +215,11 @@ class Trainer:
     # The whole network on augmented images ----------------------------------------------------------------------
 
     def _train_network(self, model: nn.Module, phase: Phase) -> None:
-        batches = self._batches()
+        set_trained(model, trained_names(model, self.recipe, phase, phase.first_epoch))
+        inputs = self._inputs(model, phase)
         set_trained(model, None)
         share_batch_norm(model, self.group)
-        trainer = self._epoch_trainer(model, phase, len(batches))
+        trainer = self._epoch_trainer(model, phase, inputs)
         before: object = self
         try:
             for epoch in range(max(phase.first_epoch, self.progress.epoch + 1), phase.first_epoch + phase.epochs):
@@ -229,7 +228,7 @@ class Trainer:
                 if names != before:
                     trainer.updater.network = across(compiled(model, self.precision), self.group, self.device)
                     before = names
-                self._epoch(model, trainer, batches, phase, epoch)
+                self._epoch(model, trainer, inputs, phase, epoch)
                 if self._stopped_early:
                     break
         except KeyboardInterrupt:
@@ -237,13 +236,27 @@ class Trainer:
                 trainer.save()
             raise
         finally:
-            batches.close()
+            inputs.batches.close()
 
-    def _epoch(self, model: nn.Module, trainer: EpochTrainer, batches: TrainBatches, phase: Phase, epoch: int) -> None:
+    def _inputs(self, model: nn.Module, phase: Phase) -> Inputs:
+        return make_inputs(
+            self.plan,
+            model,
+            self.train_pixels,
+            self.val_pixels,
+            self.precision,
+            self.device,
+            self.group,
+            self.folder,
+            phase.epochs,
+            self._counted("frozen stages"),
+        )
+
+    def _epoch(self, model: nn.Module, trainer: EpochTrainer, inputs: Inputs, phase: Phase, epoch: int) -> None:
         size = image_size_of(self.recipe, phase, epoch, self.plan.preprocessing.image_size)
-        row = trainer.epoch(batches, epoch, size)
+        row = trainer.epoch(inputs.batches, epoch, size)
         scored = trainer.ema.module if trainer.ema is not None else model
-        logits = self._val_logits(scored)
+        logits = self._val_logits(scored, inputs)
         with self.interruption.step():
             trainer.whole = False
             self._after_epoch(row, logits, functools.partial(_copy, scored))
@@ -251,28 +264,13 @@ class Trainer:
             trainer.whole = True
             trainer.save()
             trainer.saved_at = time.perf_counter()
-        self._told("network", len(batches), row)
+        self._told("network", len(inputs.batches), row)
         self.interruption.check()
 
-    def _batches(self) -> TrainBatches:
-        recipe, plan = self.recipe, self.plan
-        augment = make_augment(recipe.policy, recipe.augment.transforms, plan.preprocessing.image_size, plan.seed)
-        return TrainBatches(
-            self.train_pixels,
-            augment,
-            min(recipe.finetune.batch_size, len(self.train_pixels)),
-            plan.seed,
-            choose_workers(recipe.workers, self.device),
-            pin_memory=self.device.type == "cuda",
-            balanced=recipe.finetune.sampler == "balanced",
-            rank=self.group.rank,
-            world=self.group.world,
-        )
-
-    def _epoch_trainer(self, model: nn.Module, phase: Phase, batches: int) -> EpochTrainer:
+    def _epoch_trainer(self, model: nn.Module, phase: Phase, inputs: Inputs) -> EpochTrainer:
         recipe, progress = self.recipe, self.progress
         optimizer = make_optimizer(model, recipe)
-        updates = -(-batches // recipe.finetune.accumulate)
+        updates = -(-len(inputs.batches) // recipe.finetune.accumulate)
         scheduler = make_scheduler(optimizer, recipe, phase.epochs, updates)
         ema = make_ema(model, recipe.finetune.ema_decay)
         scaler = self.precision.scaler(self.device)
@@ -298,6 +296,7 @@ class Trainer:
             self.group,
             progress.parts,
             scaler,
+            boundary=inputs.train_boundary,
         )
         return EpochTrainer(
             updater,
@@ -310,14 +309,9 @@ class Trainer:
             60 * recipe.checkpoint_minutes,
         )
 
-    def _val_logits(self, model: nn.Module) -> torch.Tensor:
+    def _val_logits(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Return the logits of val, which the first process computes for all."""
-        logits = None
-        if self.group.leads:
-            _, logits = feature_cache.forward_pixels(
-                model, self.val_pixels, self.plan.preprocessing, self.precision, self.device
-            )
-        found: torch.Tensor = self.group.shared(logits)
+        found: torch.Tensor = self.group.shared(inputs.val_logits(model) if self.group.leads else None)
         return found
 
     def _keep_epoch(self, epoch: int, model: nn.Module) -> None:
@@ -329,27 +323,6 @@ class Trainer:
         self.kept[name] = keep_tensors(self.folder, name, _copy(model))
         for old in sorted(key for key in self.kept if key.startswith("average-"))[: -(average.last_epochs or 2)]:
             del self.kept[old]
-
-    def _average(self, model: nn.Module) -> list[str]:
-        """Take the average of epochs where val scores it no worse than the best of them; return what is to be said."""
-        method, metric = self.recipe.average.method, self.recipe.finetune.metric
-        names = sorted(key for key in self.kept if key.startswith("average-"))
-        if not names:
-            return []
-        scorer = StateScorer(self.plan, model, self.train_pixels, self.val_pixels, self.precision, self.device)
-        by_epoch = {row["epoch"]: row[f"val_{metric}"] for row in self.progress.history}
-        values = {name: by_epoch[int(name.removeprefix("average-"))] for name in names}
-        loads = {name: functools.partial(load_file, self.folder / self.kept[name].file) for name in names}
-        chosen, value = average_epochs(scorer, method, loads, values, metric)
-        epochs = ", ".join(str(int(name.removeprefix("average-"))) for name in sorted(chosen))
-        best, sign = self.progress.best_value, METRIC_SIGN.get(metric, 1)
-        said = f"{method} of epochs {epochs}: val {metric} {value:.4f}"
-        if best is not None and not (math.isfinite(value) and sign * value >= sign * best):
-            return [f"{said}, worse than epoch {self.progress.best_epoch}'s {best:.4f}, which is kept"]
-        logits = scorer.logits(scorer.state(), averaged=False)
-        self._score({"epoch": self.progress.epoch}, logits)
-        self.best, self.best_logits = scorer.state(), logits
-        return [f"{said}, kept in place of epoch {self.progress.best_epoch}"]
 
     def _save(self, updater: Updater, ema: Any) -> None:
         """Write a checkpoint; signals wait for its end."""
@@ -375,7 +348,7 @@ class Trainer:
                 scaler=scaler,
                 kept=self.kept,
             )
-            self._write_history()
+            self.write_history()
 
     def _account(self) -> None:
         """Add the seconds since the last time to what training took."""
@@ -389,7 +362,7 @@ class Trainer:
         self, row: dict[str, Any], logits: torch.Tensor, weights: Callable[[], dict[str, torch.Tensor]]
     ) -> None:
         """Score val, keep the weights where they are the best so far, and add the epoch to the history."""
-        value = self._score(row, logits)
+        value = self.score(row, logits)
         progress = self.progress
         progress.end_epoch(row)
         sign = METRIC_SIGN.get(self.recipe.finetune.metric, 1)
@@ -403,7 +376,7 @@ class Trainer:
         else:
             progress.stale_epochs += 1
 
-    def _score(self, row: dict[str, Any], logits: torch.Tensor) -> float:
+    def score(self, row: dict[str, Any], logits: torch.Tensor) -> float:
         """Add val's loss and scores to an epoch's row, and return the score that chooses the epoch."""
         labels = torch.from_numpy(self.val_pixels.y_true.copy())
         loss = float(self.criterion(logits.to(self.device), labels.to(self.device)))
@@ -439,55 +412,8 @@ class Trainer:
             row.get("images_per_s"),
         )
 
-    # The end ----------------------------------------------------------------------------------------------------
-
-    def _finish(self, model: nn.Module, note: str) -> None:
-        """Write weights, history and val's scores, and last the record."""
-        run, progress = self.plan.run, self.progress
-        averaged = self._average(model)
-        save_tensors(run.weights_file, self.best)
-        self._write_history()
-        record = self.plan.record(
-            "finished",
-            params=sum(parameter.numel() for parameter in model.parameters()),
-            params_trained=self._params_trained(model),
-            epochs=progress.history[-1]["epoch"],  # fewer than planned where patience ended the head
-            best_epoch=progress.best_epoch,
-            train_s=round(progress.train_s, 3),
-            images_per_s=round(progress.images_seen / progress.step_s, 2) if progress.step_s > 0 else None,
-            images={"train": len(self.train_pixels), "val": len(self.val_pixels)},
-            images_skipped={
-                split: pixels.skipped
-                for split, pixels in (("train", self.train_pixels), ("val", self.val_pixels))
-                if pixels.skipped
-            },
-            device=device_name(self.device),
-            precision=self.precision.record(),
-            threads=self.threads,
-            processes=self.group.world,
-            versions=versions(),
-            notes=[*([note] if note else []), *self._notes(), *averaged],
-        )
-        write_scores(run, record, self.val_pixels, "val", self.best_logits)
-        run.write_record(record)
-        remove_checkpoints(self.folder)
-
-    def _notes(self) -> list[str]:
-        parts, size = self.progress.parts, self.recipe.finetune.batch_size
-        if parts == 1:
-            return []
-        return [
-            f"a batch of {size} needed more memory than there is: computed in {parts} parts, their gradients added up; "
-            f"the effective batch is still {size}, but batch normalisation saw {-(-size // parts)} images at a time"
-        ]
-
-    def _params_trained(self, model: nn.Module) -> int:
-        if self.recipe.finetune.strategy == "linear-probe":
-            return sum(each.numel() for each in classifier_of(model)[1].parameters())
-        frozen = frozen_names(model, self.recipe.finetune.freeze)
-        return sum(each.numel() for name, each in model.named_parameters() if name not in frozen)
-
-    def _write_history(self) -> None:
+    def write_history(self) -> None:
+        """Write `history.jsonl`, a line for each finished epoch."""
         write_text(self.plan.run.history_file, "".join(f"{to_json(row)}\n" for row in self.progress.history))
 
 

@@ -1,0 +1,129 @@
+"""Several processes of torchrun train one run: real processes that meet by gloo."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from zoo.data.loader import share
+from zoo.runs import Run, list_runs
+from zoo.training.loop import train
+from zoo.training.parallel import SharedNoise
+
+# What may differ between one process and several is in here: batch norm, dropout, mixing, class weights, smoothing,
+# odd batches, several of them for an update.
+KEYS = {
+    "batch_size": 7,
+    "accumulate": 2,
+    "drop_rate": 0.3,
+    "mixup": 0.3,
+    "class_weights": "balanced",
+    "label_smoothing": 0.1,
+    "optimizer.name": "sgd",
+    "checkpoint_minutes": 0.0,
+}
+
+
+def torchrun(folder: Path, *words: str, processes: int = 2, **options) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "zoo", *words]
+    environment = {**os.environ, "ZOO_HOME": str(folder), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        start_new_session=True,
+        **options,
+    )
+
+
+def settings(**keys) -> list[str]:
+    return [word for key, value in {**KEYS, **keys}.items() for word in ("--set", f"{key}={value}")]
+
+
+def same(one: Run, two: Run) -> None:
+    ours, theirs = load_file(one.weights_file), load_file(two.weights_file)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_give_what_one_gives_and_go_on_after_a_signal(tiny, make_recipe, tmp_path):
+    other = tmp_path / "two"
+    shutil.copytree(tiny.root, other)
+    keys = {key.replace(".", "__"): value for key, value in KEYS.items()}
+    one = train(make_recipe(epochs=4, **keys), "tiny", 0, tiny)
+    words = ["train", "tiny", "--data", "tiny", *settings(epochs=4)]
+    started = torchrun(other, *words)
+    checkpoints = other / "models" / "runs" / one.name / "checkpoint"
+    limit = time.monotonic() + 120
+    while not list(checkpoints.glob("epoch-00001-step*.json")) and started.poll() is None:
+        assert time.monotonic() < limit, "no checkpoint in the second epoch"
+        time.sleep(0.005)
+    os.killpg(started.pid, signal.SIGTERM)
+    out, err = started.communicate(timeout=60)
+    if started.returncode != 0:  # else it was done before the signal
+        assert list(checkpoints.glob("epoch-*.json")), err
+        assert not (checkpoints.parent / "run.json").exists()
+        started = torchrun(other, *words, "--json")
+        out, err = started.communicate(timeout=120)
+    assert started.returncode == 0, err
+    assert out.count('"status": "finished"') <= 1 and "Warning" not in err, err
+    (two,) = list_runs(type(tiny)(other))
+    assert two.name == one.name
+    assert (one.record.processes, two.record.processes) == (1, 2)
+    same(two, one)
+    for row, wanted in zip(two.history(), one.history(), strict=True):
+        assert row["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-4)
+        assert row["val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_more_processes_than_a_batch_can_be_shared_by_are_refused_before_work(tiny):
+    started = torchrun(tiny.root, "train", "tiny", "--data", "tiny", "--set", "batch_size=4", processes=3)
+    _, err = started.communicate(timeout=120)
+    assert started.returncode != 0
+    assert (
+        "error: torchrun started 3 processes, but 18 training images in batches of 4 leave one of 2, which 1 can" in err
+    )
+    assert not list_runs(tiny)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", ["dropout", "dropout2d", "drop path"])
+def test_noise_of_a_part_is_a_part_of_the_whole_s(kind, channels_last):
+    from timm.layers import DropPath
+
+    layer = {
+        "dropout": lambda x: functional.dropout(x, 0.3, training=True),
+        "dropout2d": torch.nn.Dropout2d(0.4),
+        "drop path": DropPath(0.5),
+    }[kind]
+    x = torch.randn(11, 5, 4, 4)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    torch.manual_seed(3)
+    whole = layer(x)
+    assert (whole == 0).any()
+    seen = []
+    for rank in range(3):
+        rows = share(11, rank, 3)
+        part = x[rows].contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        torch.manual_seed(3)
+        with SharedNoise(rows, 11):
+            torch.testing.assert_close(layer(part), whole[rows])
+        seen += rows
+    assert sorted(seen) == list(range(11))

@@ -1,0 +1,131 @@
+"""What the network is trained and scored on: augmented images, or activations kept where its frozen stages end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from zoo.data.cache import Pixels
+from zoo.data.loader import Batch, TrainBatches, epoch_order, fixed_batches
+from zoo.data.transforms import make_augment
+from zoo.recipe import Recipe
+from zoo.training.boundary import Activations, Boundary, find_boundary
+from zoo.training.features import OnBatch, forward_pixels
+from zoo.training.parallel import Group
+from zoo.training.plan import Plan
+from zoo.training.precision import PrecisionPlan, choose_workers
+from zoo.training.speed import to_input
+
+_EXAMPLES = 4  # images on which a boundary is proved
+
+
+class ActivationBatches:
+    """Kept activations in the order in which images would come: the same batches of the same images."""
+
+    def __init__(self, activations: Activations, batch_size: int, seed: int, balanced: bool) -> None:
+        self.activations, self.batch_size, self.seed = activations, batch_size, seed
+        self.labels = activations.y_true.numpy() if balanced else None
+
+    def __len__(self) -> int:
+        return len(self._order(0))
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield activations (B, ...), labels and places of an epoch's batches from number `start` on."""
+        return self.activations.batches(self._order(epoch)[start:])
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        found = epoch_order(len(self.activations), self.batch_size, self.seed, epoch, self.labels)
+        return [list(map(int, places)) for places in found]
+
+    def close(self) -> None:
+        """Do nothing: there are no processes to end."""
+
+
+@dataclass
+class Inputs:
+    """The batches of a run's network phase, and how val is scored.
+
+    boundary: where the frozen stages end, where that pays; val's activations are then kept, and train's too where
+    images do not change from epoch to epoch. train_boundary: the same where train's are kept.
+    """
+
+    batches: TrainBatches | ActivationBatches
+    val_pixels: Pixels
+    plan: Plan
+    precision: PrecisionPlan
+    device: torch.device
+    boundary: Boundary | None = None
+    train_boundary: Boundary | None = None
+    val: Activations | None = None
+
+    def val_logits(self, model: nn.Module) -> torch.Tensor:
+        """Return val's logits (N, C), float32 on the CPU, of the model or of a moving average of it."""
+        if self.boundary is not None and self.val is not None:
+            return self.boundary.logits(model, self.val, self.precision, self.device)
+        return forward_pixels(model, self.val_pixels, self.plan.preprocessing, self.precision, self.device)[1]
+
+
+def make_inputs(
+    plan: Plan,
+    model: nn.Module,
+    train_pixels: Pixels,
+    val_pixels: Pixels,
+    precision: PrecisionPlan,
+    device: torch.device,
+    group: Group,
+    folder: Path,
+    epochs: int,
+    on_batch: OnBatch | None = None,
+) -> Inputs:
+    """Return what a run's network phase works on.
+
+    model: frozen as it will be trained. folder: of the run's checkpoint, which keeps activations until the run ends.
+    epochs: of the phase.
+    """
+    recipe = plan.recipe
+    boundary = None
+    if recipe.finetune.freeze and group.world == 1 and not precision.compiled:
+        example = next(fixed_batches(val_pixels, plan.preprocessing.image_size, _EXAMPLES))
+        if len(example) > 1:
+            boundary = find_boundary(model, to_input(example, plan.preprocessing, precision, device), precision, device)
+    inputs = Inputs(_augmented(plan, train_pixels, device, group), val_pixels, plan, precision, device)
+    if boundary is not None and boundary.pays(len(val_pixels), epochs, device):
+        inputs.boundary = boundary
+        inputs.val = boundary.activations(model, val_pixels, "val", plan, precision, device, folder, on_batch)
+    if boundary is not None and _unchanging(recipe) and boundary.pays(len(train_pixels), epochs, device):
+        kept = boundary.activations(model, train_pixels, "train", plan, precision, device, folder, on_batch)
+        inputs.batches.close()
+        balanced = recipe.finetune.sampler == "balanced"
+        inputs.batches = ActivationBatches(kept, _batch_size(plan, train_pixels), plan.seed, balanced)
+        inputs.train_boundary = boundary
+    return inputs
+
+
+def _unchanging(recipe: Recipe) -> bool:
+    """Return whether training images are the same in every epoch."""
+    mixes = recipe.augment.mixup or recipe.augment.cutmix
+    return recipe.policy == "none" and not mixes and not recipe.finetune.image_sizes
+
+
+def _batch_size(plan: Plan, pixels: Pixels) -> int:
+    return min(plan.recipe.finetune.batch_size, len(pixels))
+
+
+def _augmented(plan: Plan, pixels: Pixels, device: torch.device, group: Group) -> TrainBatches:
+    recipe = plan.recipe
+    augment = make_augment(recipe.policy, recipe.augment.transforms, plan.preprocessing.image_size, plan.seed)
+    return TrainBatches(
+        pixels,
+        augment,
+        _batch_size(plan, pixels),
+        plan.seed,
+        choose_workers(recipe.workers, device),
+        pin_memory=device.type == "cuda",
+        balanced=recipe.finetune.sampler == "balanced",
+        rank=group.rank,
+        world=group.world,
+    )
