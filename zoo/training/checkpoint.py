@@ -219,5 +219,4 @@ def _read_checkpoint(file: Path, facts: dict[str, Any]) -> Checkpoint:
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove the checkpoints of a finished run."""
-    if folder.is_dir():
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # another process may remove them, too
