@@ -195,12 +195,14 @@ def make_recipe(model: str, chosen: argparse.Namespace) -> Any:
 def choose_precision(plan: Any, device: torch.device) -> Any:
     """Return the precision plan of the run: the one asked for, or the fastest of those measured now."""
     from zoo.training import precision
+    from zoo.training.memory import freed_memory_kept
     from zoo.training.speed import plan_precision
     from zoo.training.strategy import set_trained
 
     model = plan.model()[0].to(device)
     set_trained(model, None)
-    return plan_precision(plan, model, device, precision.FEWEST_STEPS, again=True)
+    with freed_memory_kept():  # as training has it
+        return plan_precision(plan, model, device, precision.FEWEST_STEPS, again=True)
 
 
 def measure(model: str, dataset: Any, root: Any, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -406,12 +408,10 @@ def run(chosen: argparse.Namespace, report: Callable[[dict[str, Any]], None]) ->
     """Make the data, measure each network and report its row; return all rows."""
     from zoo.data.sources import import_dataset
     from zoo.files import home
-    from zoo.training.memory import freed_memory_kept
 
     rows = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        stack.enter_context(freed_memory_kept())
         os.environ.update(ZOO_HOME=str(folder), HF_HUB_OFFLINE="1")
         root = home(folder)
         dataset = import_dataset(
