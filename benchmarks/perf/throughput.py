@@ -302,7 +302,7 @@ class Files(torch.utils.data.Dataset):  # type: ignore[type-arg]
         self.files, self.labels = task["files"], task["labels"]
         self.augment = a.Compose(
             [
-                a.RandomResizedCrop(size, scale=(0.7, 1.0), ratio=(0.85, 1.18), area_for_downscale="image"),
+                a.RandomResizedCrop(size, scale=(0.7, 1.0), ratio=(0.85, 1.18)),
                 a.HorizontalFlip(p=0.5),
                 a.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.15, brightness_by_max=False, p=0.5),
                 a.Normalize(),

@@ -207,14 +207,14 @@ def _recipe_digest(
     bad_images: str | None,
 ) -> str:
     """Return the identity of a recipe together with what its names stand for here."""
-    from zoo.data.transforms import TRANSFORMS_VERSION
+    from zoo.data.transforms import POLICY_VERSIONS
 
     resolved: dict[str, Any] = {
         "recipe": recipe.digest,
         "model": spec.name,
         "preprocessing": preprocessing.identity,
         "weights": weights.sha256 if weights else None,
-        "augment": [recipe.policy, TRANSFORMS_VERSION],
+        "augment": [recipe.policy, POLICY_VERSIONS.get(recipe.policy, 1)],
     }
     if network is not None:
         resolved["network"] = network

@@ -133,12 +133,25 @@ def choose_plan(wanted: str, device: torch.device) -> PrecisionPlan:
     return PrecisionPlan(dtype, "-nchw" not in wanted, "-compile" in wanted, source="forced")
 
 
+_FP16_UNITS = {"avx512_fp16", "amx_fp16", "fphp"}
+
+
+def cpu_flags() -> set[str]:
+    """Return what the processor says that it can do, by Linux's names; elsewhere nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    found = [line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features"))]
+    return set(found[0].split()) if found else set()
+
+
 def candidates(device: torch.device) -> list[PrecisionPlan]:
     """Return the plans worth measuring on a device, the most exact and usual first."""
     dtypes = ["float32"]
     if torch.amp.is_autocast_available(device.type):
-        # fp16 without tensor cores is emulated: it never was the fastest of any network on a CPU.
-        dtypes += ["bf16", "fp16"] if device.type == "cuda" else ["bf16"] if device.type == "cpu" else []
+        # A CPU without units for fp16 emulates it, many times slower: not worth even a try.
+        dtypes += ["bf16", "fp16"] if device.type != "cpu" or _FP16_UNITS & cpu_flags() else ["bf16"]
     return [PrecisionPlan(dtype, channels_last) for dtype in dtypes for channels_last in (True, False)]
 
 
