@@ -23,8 +23,8 @@ class Progress:
     """How far a run has come, and what it has cost.
 
     epoch: finished epochs. step: batches done of the next one, whose sums so far are in partial. updates: of the
-    optimiser. parts: into how many a batch is divided, because a whole one needs more memory than there is. precision:
-    the facts of the plan that the run began with.
+    optimiser. parts: into how many a batch is divided, because a whole one needs more memory than there is. threads,
+    precision: those that the run began with.
     """
 
     epoch: int = 0
@@ -38,6 +38,7 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     step: int = 0
     parts: int = 1
+    threads: int = 0
     partial: dict[str, float] = field(default_factory=dict)
     precision: dict[str, Any] = field(default_factory=dict)
 

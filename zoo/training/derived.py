@@ -21,7 +21,7 @@ from zoo.recipe import AverageTable, Recipe, ScoreTable
 from zoo.runs import Preprocessing, Run
 from zoo.training.averaging import Candidate, State, average, greedy_soup, reestimate_batch_norm, statistics_batches
 from zoo.training.checkpoint import save_tensors
-from zoo.training.features import FORWARD_BATCH, forward_pixels, load_grown
+from zoo.training.features import FORWARD_BATCH, load_grown, pixels_logits
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan, choose_device, recorded_plan
 from zoo.training.scoring import finished_record, load_model, score_split, write_scores
@@ -110,6 +110,7 @@ def _derive_soup(plan: Plan, runs: list[Run], pixels: Pixels) -> None:
     facts |= plan.record("finished").model_dump(include={"run", "recipe", "recipe_digest", "seed", "weights"})
     facts["train_s"] = round(sum(record.train_s or 0.0 for record in records), 3)
     facts["made_of"] = soup.chosen
+    facts["precision"] = records[0].precision  # that the soup was scored in
     facts["notes"] = [*facts["notes"], f"greedy soup of {len(soup.chosen)} of {len(runs)} seeds"]
     record = type(records[0]).model_validate(facts)
     write_scores(plan.run, record, pixels, "val", logits)
@@ -166,7 +167,7 @@ class StateScorer:
             preprocessing: Preprocessing = self.plan.preprocessing
             batches = statistics_batches(self.train_pixels, preprocessing, FORWARD_BATCH, self.plan.seed)
             reestimate_batch_norm(self.model, batches, self._forward, self.frozen)
-        return forward_pixels(self.model, self.val_pixels, self.plan.preprocessing, self.precision, self.device)[1]
+        return pixels_logits(self.model, self.val_pixels, self.plan.preprocessing, self.precision, self.device)
 
     def _forward(self, batch: Any) -> Any:
         with self.precision.autocast(self.device):

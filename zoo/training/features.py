@@ -71,6 +71,19 @@ def forward_pixels(
     return (torch.cat(caught) if caught else torch.empty(len(pixels), 0)), torch.cat(logits)
 
 
+def pixels_logits(
+    model: nn.Module,
+    pixels: Pixels,
+    preprocessing: Preprocessing,
+    plan: PrecisionPlan,
+    device: torch.device,
+) -> torch.Tensor:
+    """Return a split's logits (N, C) alone, float32 on the CPU, in manifest order: features may not fit into memory."""
+    logits: list[torch.Tensor] = []
+    _each_batch(model, pixels, preprocessing, plan, device, lambda _, own: logits.append(own), None)
+    return torch.cat(logits)
+
+
 def _each_batch(
     model: nn.Module,
     pixels: Pixels,

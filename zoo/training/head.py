@@ -18,6 +18,8 @@ from zoo.training.loss import Criterion
 from zoo.training.step import NonFiniteLossError, step_seed
 from zoo.training.strategy import DEFAULT_HEAD_LR, Phase, make_optimizer, make_scheduler
 
+_VAL_CHUNK = 8192  # images: of all of a large val at once there would be several copies
+
 
 @dataclass
 class HeadTrainer:
@@ -51,7 +53,7 @@ class HeadTrainer:
             row = self._epoch(epoch)
             self.head.eval()
             with torch.inference_mode():
-                logits = self.head(self.val.values)
+                logits = torch.cat([self.head(part) for part in torch.split(self.val.values, _VAL_CHUNK)])
             yield row, logits, self._state
 
     def _state(self) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from zoo.data.loader import Batch, TrainBatches, epoch_order, fixed_batches
 from zoo.data.transforms import make_augment
 from zoo.recipe import Recipe
 from zoo.training.boundary import Activations, Boundary, find_boundary
-from zoo.training.features import OnBatch, forward_pixels
+from zoo.training.features import OnBatch, pixels_logits
 from zoo.training.parallel import Group
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan, choose_workers
@@ -29,9 +29,10 @@ class ActivationBatches:
     def __init__(self, activations: Activations, batch_size: int, seed: int, balanced: bool) -> None:
         self.activations, self.batch_size, self.seed = activations, batch_size, seed
         self.labels = activations.y_true.numpy() if balanced else None
+        self._count = len(self._order(0))
 
     def __len__(self) -> int:
-        return len(self._order(0))
+        return self._count
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield activations (B, ...), labels and places of an epoch's batches from number `start` on."""
@@ -66,7 +67,7 @@ class Inputs:
         """Return val's logits (N, C), float32 on the CPU, of the model or of a moving average of it."""
         if self.boundary is not None and self.val is not None:
             return self.boundary.logits(model, self.val, self.precision, self.device)
-        return forward_pixels(model, self.val_pixels, self.plan.preprocessing, self.precision, self.device)[1]
+        return pixels_logits(model, self.val_pixels, self.plan.preprocessing, self.precision, self.device)
 
 
 def make_inputs(

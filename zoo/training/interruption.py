@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,6 +14,7 @@ from typing import Any
 from zoo.errors import EXIT_SIGINT, EXIT_SIGTERM
 
 PATIENCE_S = 5.0  # a step that takes longer is given up; the checkpoint before it stays
+ONE_WISH_S = 1.0  # signals nearer than that count as one
 _CODES = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
 
 
@@ -36,6 +38,7 @@ class Interruption:
         self._in_step = False
         self._old: dict[int, Any] = {}
         self._timer: threading.Timer | None = None
+        self._since = 0.0
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -52,11 +55,16 @@ class Interruption:
         self._old.clear()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        again = self.requested is not None
-        self.requested = number
+        # A service manager may signal both the process and its group: that is one wish.
+        again = self.requested is not None and time.monotonic() - self._since > ONE_WISH_S
+        if self.requested is None:
+            self._since = time.monotonic()
+        self.requested = self.requested or number
         if not self._in_step or again:
             self._stop_timer()
             raise Stopped(number)
+        if self._timer is not None:
+            return
         self._timer = threading.Timer(PATIENCE_S, os.kill, (os.getpid(), number))
         self._timer.daemon = True
         self._timer.start()

@@ -100,14 +100,14 @@ def _guarded(plan: Plan, group: Group, on_tick: OnTick, on_epoch: OnEpoch) -> Ru
         raise Interrupted(
             f"interrupted; run {plan.run.name!r} goes on where it stopped with the same command", code
         ) from None
-    except StopRun:
+    except (StopRun, Interrupted):  # an interrupted run is no failed one, nor is what would have been made of it
         raise
     except ZooError as error:
         _record_failure(plan, group, str(error))
         raise
     except Exception as error:
-        if not group.leads and isinstance(error, RuntimeError) and "onnection" in str(error):
-            raise ZooError(f"process {group.rank} of the run stops, because another one has ended; see there") from None
+        if not group.leads:
+            raise  # the first process says it
         # A network may break in any way; that must not take the benchmark down, nor lose the traceback.
         said = f"{type(error).__name__}: {one_line(error, 200)}"
         _record_failure(plan, group, said, traceback.format_exc())

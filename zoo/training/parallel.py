@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, one_line
 
 _PATIENCE = timedelta(hours=6)  # the others wait while the first decodes a large dataset
 
@@ -118,6 +118,13 @@ def joined(device: torch.device) -> Iterator[Group]:
         ) from error
     try:
         yield Group(dist.get_rank(), dist.get_world_size())
+    except RuntimeError as error:
+        # What is wrong with the run itself is wrong in the first process too, which says it.
+        if dist.get_rank() == 0:
+            raise
+        raise ZooError(
+            f"process {dist.get_rank()} stops ({one_line(error, 120)}); see what the first one says"
+        ) from None
     finally:
         dist.destroy_process_group()
 
@@ -155,16 +162,21 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-def share_batch_norm(model: nn.Module, group: Group) -> None:
-    """Let batch normalisation in training take the statistics of all processes' images, in place.
+@contextmanager
+def shared_batch_norm(model: nn.Module, group: Group) -> Iterator[None]:
+    """Let batch normalisation in training take the statistics of all processes' images, within the block.
 
     The parameters and buffers keep their names. torch's SyncBatchNorm does not run on CPUs.
     """
-    if group.world == 1:
-        return
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
-            module.forward = functools.partial(_shared_batch_norm, module, type(module).forward)  # type: ignore[method-assign]
+    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    patched = [] if group.world == 1 else [each for each in norms if not isinstance(each, nn.SyncBatchNorm)]
+    for module in patched:
+        module.forward = functools.partial(_shared_batch_norm, module, type(module).forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in patched:
+            module.__dict__.pop("forward", None)
 
 
 def _shared_batch_norm(module: Any, alone: Any, x: torch.Tensor) -> Any:

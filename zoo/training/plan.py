@@ -240,6 +240,11 @@ def _check_batch(recipe: Recipe, dataset: Dataset) -> None:
             f"finetune.batch_size must be at most the {images} training images of {dataset.name!r}. Got {got}; set "
             f"finetune.batch_size={max(1, images // times // 4)}"
         )
+    check_shares(images, size, world)
+
+
+def check_shares(images: int, size: int, world: int) -> None:
+    """Raise ZooError where batches of `size` out of so many images leave one that `world` processes cannot share."""
     last = images % size or size
     smallest = min(size, last + size if last == 1 and images > size else last)
     if world > (smallest + 1) // 2:

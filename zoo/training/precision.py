@@ -201,10 +201,10 @@ def _tried(
 
 def _close(losses: list[float], reference: list[float]) -> bool:
     """Return whether losses are there, finite, and near those of float32."""
-    return bool(losses) and all(
-        math.isfinite(loss) and abs(loss - wanted) <= CLOSE * max(1.0, abs(wanted))
-        for loss, wanted in zip(losses, reference, strict=False)
-    )
+    near = [
+        abs(loss - wanted) <= CLOSE * max(1.0, abs(wanted)) for loss, wanted in zip(losses, reference, strict=False)
+    ]
+    return bool(losses) and all(math.isfinite(loss) for loss in losses) and all(near)
 
 
 def _fastest(seconds: dict[PrecisionPlan, float], plans: Sequence[PrecisionPlan]) -> PrecisionPlan:

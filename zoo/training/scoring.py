@@ -22,10 +22,10 @@ from zoo.runs import SPLITS, Run, RunRecord, find_run
 from zoo.training.features import (
     FORWARD_BATCH,
     are_kept,
-    forward_pixels,
     head_logits,
     kept_features,
     load_grown,
+    pixels_logits,
     split_features,
 )
 from zoo.training.precision import PrecisionPlan, choose_device, recorded_plan, set_threads
@@ -130,7 +130,7 @@ def _split_logits(
         features = split_features(model, pixels, split, record, precision, device)
         if features.whole:
             return head_logits(classifier_of(model)[1], features, precision, device)
-    return forward_pixels(model, pixels, record.preprocessing, precision, device)[1]
+    return pixels_logits(model, pixels, record.preprocessing, precision, device)
 
 
 def _views_logits(

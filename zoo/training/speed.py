@@ -16,6 +16,7 @@ from zoo.data.transforms import normalise_tensor
 from zoo.runs import Preprocessing
 from zoo.training.environment import device_name, versions
 from zoo.training.loss import make_criterion
+from zoo.training.parallel import expected_world
 from zoo.training.plan import Plan
 from zoo.training.precision import (
     FEWEST_STEPS,
@@ -50,8 +51,10 @@ def plan_precision(
     if known is not None:
         return known
     timed = training_steps(plan, model, device) if training else forward_steps(plan, model, device)
-    images = plan.recipe.finetune.batch_size if training else FORWARD_BATCH
+    images = -(-plan.recipe.finetune.batch_size // expected_world()) if training else FORWARD_BATCH
     found = measured_plan(timed, candidates(device), images, (lambda step_s: steps * step_s) if training else None)
+    if found.measured.get(found.name) is None:  # no plan could be measured: nothing is known, and nothing kept
+        return usual
     keep_plan(identity, found)
     return found
 
@@ -68,7 +71,7 @@ def plan_identity(plan: Plan, device: torch.device, training: bool) -> dict[str,
         "options": dict(recipe.model.options),
         "network": plan.network,
         "image_size": plan.preprocessing.image_size,
-        "batch_size": recipe.finetune.batch_size if training else FORWARD_BATCH,
+        "batch_size": -(-recipe.finetune.batch_size // expected_world()) if training else FORWARD_BATCH,
         "trained": [recipe.finetune.strategy, list(recipe.finetune.freeze)] if training else "nothing",
         "optimizer": recipe.optimizer.name if training else "",
         "device": device_name(device),
@@ -99,11 +102,13 @@ Steps = Callable[[PrecisionPlan, int], list[tuple[float, float]]]
 def training_steps(plan: Plan, model: nn.Module, device: torch.device) -> Steps:
     """Return what trains a copy of the model for so many steps, each update of one batch: seconds and loss of each."""
     classes, size = len(plan.dataset.classes), plan.preprocessing.image_size
-    batch = made_up_batch(plan.recipe.finetune.batch_size, size, classes)
+    # Of several processes each computes its share.
+    share = -(-plan.recipe.finetune.batch_size // expected_world())
+    batch = made_up_batch(share, size, classes)
     criterion = make_criterion(plan.recipe.loss, np.ones(classes, np.int64), device)
 
     def steps(precision: PrecisionPlan, count: int) -> list[tuple[float, float]]:
-        own = copy.deepcopy(model).to(memory_format=precision.memory_format)
+        own = _with_a_say(copy.deepcopy(model)).to(memory_format=precision.memory_format)
         optimizer = make_optimizer(own, plan.recipe, _TINY_LR)
         updater = Updater(
             plan.recipe, plan.preprocessing, plan.seed, device, precision, criterion, own, optimizer, classes,
@@ -120,7 +125,7 @@ def forward_steps(plan: Plan, model: nn.Module, device: torch.device) -> Steps:
     pixels, labels, _ = made_up_batch(FORWARD_BATCH, size, classes)
 
     def steps(precision: PrecisionPlan, count: int) -> list[tuple[float, float]]:
-        own = copy.deepcopy(model).to(memory_format=precision.memory_format).eval()
+        own = _with_a_say(copy.deepcopy(model)).to(memory_format=precision.memory_format).eval()
 
         def score() -> float:
             with torch.inference_mode(), precision.autocast(device):
@@ -130,6 +135,16 @@ def forward_steps(plan: Plan, model: nn.Module, device: torch.device) -> Steps:
         return _timed(score, count, device)
 
     return steps
+
+
+def _with_a_say(model: nn.Module) -> nn.Module:
+    """Make weights random that are all zero, as a fresh head's: behind it every format would have the same loss."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def compiled(model: nn.Module, precision: PrecisionPlan) -> Any:

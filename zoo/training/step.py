@@ -61,6 +61,7 @@ class Updater:
 
     def __post_init__(self) -> None:
         self.mixup = _make_mixup(self.recipe, self.classes)
+        self.applying = False  # whether weights may have been changed by an update that is not done
 
     def update(
         self, batches: list[Batch], epoch: int, number: int, image_size: int
@@ -70,6 +71,7 @@ class Updater:
         number: of the first batch within its epoch, from 1. Returns loss and hits of this process's images: summed
         over all processes, the mean loss of the update and the number of images that were right.
         """
+        self.applying = False
         self.optimizer.zero_grad(set_to_none=True)
         counts = [len(labels) for _, labels, _ in batches]
         if self.group.world > 1:
@@ -141,6 +143,7 @@ class Updater:
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
     def _apply(self) -> None:
+        self.applying = True
         clip = self.recipe.finetune.clip_grad
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -180,39 +183,72 @@ class EpochTrainer:
         self.check_every = 1 if self.updater.device.type == "cpu" else CHECK_EVERY
         self.saved_at = time.perf_counter()
         self.whole = True  # whether model, optimiser and counters belong to the same moment
+        # Until the optimiser's step only these have changed: with them as they were, an update was not begun.
+        self.buffers = list(self.updater.model.buffers())
+        self.before = [buffer.clone() for buffer in self.buffers]
+        self.pending: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
     def epoch(self, batches: Batches, epoch: int, image_size: int) -> dict[str, Any]:
         """Train what is left of an epoch; return its row of the history. The sums stay until the epoch is scored."""
-        progress, group = self.progress, self.updater.group
+        progress = self.progress
         sums = progress.partial = {"loss": 0.0, "hits": 0.0, "images": 0.0, "seconds": 0.0, **progress.partial}
-        pending: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         accumulate = self.updater.recipe.finetune.accumulate
         started, before, begun_with = time.perf_counter(), sums["seconds"], sums["images"]
-        for number, several in _several(batches.epoch(epoch, progress.step), accumulate, progress.step + 1):
-            with self.interruption.step():
-                self.whole = False
-                loss, hits = self.updater.update(several, epoch, number, image_size)
-                progress.step = number + len(several) - 1
-                progress.updates += 1
-                self.scheduler.step_update(progress.updates)
-                if self.ema is not None:
-                    self.ema.update(self.updater.model, step=progress.updates)
-                pending.append((loss, hits, sum(len(labels) for _, labels, _ in several)))
-                ended = progress.step == len(batches)
-                checked = progress.updates % self.check_every == 0 or ended
+        try:
+            for number, several in _several(batches.epoch(epoch, progress.step), accumulate, progress.step + 1):
+                with self.interruption.step():
+                    self._update(several, epoch, number, image_size)
+                    ended = progress.step == len(batches)
+                    checked = progress.updates % self.check_every == 0 or ended or self._stops_alone
+                    if checked:
+                        self._flush(epoch)
+                        sums["seconds"] = before + time.perf_counter() - started
                 if checked:
-                    self._flush(pending, epoch)
-                    sums["seconds"] = before + time.perf_counter() - started
-                    self.whole = True
-            if checked:
-                rate = (sums["images"] - begun_with) / max(1e-9, sums["seconds"] - before)
-                row = {"epoch": epoch, "train_loss": sums["loss"] / sums["images"], "images_per_s": rate}
-                self.report(progress.step, len(batches), row)
-                self._pause(group, ended)
+                    rate = (sums["images"] - begun_with) / max(1e-9, sums["seconds"] - before)
+                    row = {"epoch": epoch, "train_loss": sums["loss"] / sums["images"], "images_per_s": rate}
+                    self.report(progress.step, len(batches), row)
+                    self._pause(ended)
+        except KeyboardInterrupt:
+            self._settle(epoch)
+            raise
         return self._row(epoch)
 
-    def _flush(self, pending: list[tuple[torch.Tensor, torch.Tensor, int]], epoch: int) -> None:
+    @property
+    def _stops_alone(self) -> bool:
+        """Whether a signal has come to a process that need not ask others when to stop."""
+        return self.updater.group.world == 1 and self.interruption.requested is not None
+
+    def _update(self, several: list[Batch], epoch: int, number: int, image_size: int) -> None:
+        """Make one update and count it."""
+        for kept, buffer in zip(self.before, self.buffers, strict=True):
+            kept.copy_(buffer)
+        self.whole = False
+        progress = self.progress
+        loss, hits = self.updater.update(several, epoch, number, image_size)
+        progress.step = number + len(several) - 1
+        progress.updates += 1
+        self.scheduler.step_update(progress.updates)
+        if self.ema is not None:
+            self.ema.update(self.updater.model, step=progress.updates)
+        self.pending.append((loss, hits, sum(len(labels) for _, labels, _ in several)))
+        self.whole = True
+
+    def _settle(self, epoch: int) -> None:
+        """Make whole what an interruption has left, where that can be done: before the optimiser's step."""
+        if self.updater.group.world > 1:  # the others are at another place, unless all have agreed to stop
+            self.whole = self.whole and not self.pending
+            return
+        if not self.whole and not self.updater.applying:
+            with torch.no_grad():
+                for kept, buffer in zip(self.before, self.buffers, strict=True):
+                    buffer.copy_(kept)
+            self.whole = True
+        if self.whole:
+            self._flush(epoch)
+
+    def _flush(self, epoch: int) -> None:
         """Add the updates since the last time to the epoch's sums; refuse a loss that is no number."""
+        pending = self.pending
         if not pending:
             return
         group, device, sums = self.updater.group, self.updater.device, self.progress.partial
@@ -231,8 +267,9 @@ class EpochTrainer:
         sums["hits"] += totals[-1]
         pending.clear()
 
-    def _pause(self, group: Group, ended: bool) -> None:
+    def _pause(self, ended: bool) -> None:
         """Save where it is time, and stop where a signal has come to any of the processes."""
+        group = self.updater.group
         stop = self.interruption.requested or 0
         due = not ended and time.perf_counter() - self.saved_at >= self.checkpoint_s
         if group.world > 1:

@@ -16,7 +16,7 @@ from torch import nn
 from zoo.data.cache import Pixels, open_pixels
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.metrics import METRIC_SIGN, selection_score
-from zoo.files import to_json, write_error, write_text
+from zoo.files import remove_half_written, to_json, write_error, write_text
 from zoo.models.registry import classifier_of
 from zoo.runs import Run
 from zoo.training import features as feature_cache
@@ -33,9 +33,9 @@ from zoo.training.inputs import Inputs, make_inputs
 from zoo.training.interruption import Interruption
 from zoo.training.loss import make_criterion
 from zoo.training.outcome import finish
-from zoo.training.parallel import Group, across, share_batch_norm
-from zoo.training.plan import Plan
-from zoo.training.precision import PrecisionPlan, begun_plan, choose_device, set_threads
+from zoo.training.parallel import Group, across, shared_batch_norm
+from zoo.training.plan import Plan, check_shares
+from zoo.training.precision import PrecisionPlan, begun_plan, choose_device, cores, set_threads
 from zoo.training.speed import FORWARD_BATCH, compiled, plan_precision
 from zoo.training.step import FINITE_FIX, EpochTrainer, NonFiniteLossError, Updater, make_ema
 from zoo.training.strategy import (
@@ -86,12 +86,17 @@ class Trainer:
         self.plan, self.recipe, self.group, self.interruption = plan, plan.recipe, group, interruption
         self.on_tick, self.on_epoch = on_tick, on_epoch
         self.device = choose_device(plan.recipe.device)
-        self.threads = set_threads()
         self.precision = PrecisionPlan("float32", channels_last=True)
         self.folder = plan.run.path / "checkpoint"
         self.checkpoint: Checkpoint | None = load_checkpoint(self.folder, plan.digest)
         self.progress = Progress() if self.checkpoint is None else self.checkpoint.progress
-        self.progress.parts = max(parts, self.progress.parts)
+        # Shares of several processes are cut alike only where they are not cut at all.
+        self.progress.parts = max(parts, self.progress.parts) if group.world == 1 else 1
+        if self.progress.best_epoch and self.checkpoint is not None and "best" not in self.checkpoint.kept:
+            raise ZooError(
+                f"the checkpoint in {str(self.folder)!r} is of an older zoo; move the folder away to start anew"
+            )
+        self.threads = self.progress.threads = _begun_threads(self.progress)
         self.kept: dict[str, Kept] = {} if self.checkpoint is None else dict(self.checkpoint.kept)
         self.best: dict[str, torch.Tensor] = {}
         self.best_logits = torch.empty(0)
@@ -100,12 +105,23 @@ class Trainer:
 
     def run(self) -> Run:
         """Train every phase, then score val with the best weights and write the record."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            return self._run()
+        finally:
+            torch.set_num_threads(before)
+
+    def _run(self) -> Run:
         plan = self.plan
         if self.group.leads:
             self._begin()
         with self.group.first_alone():
             self.train_pixels, self.val_pixels = self._pixels("train"), self._pixels("val")
         self._check_classes()
+        check_shares(
+            len(self.train_pixels), min(self.recipe.finetune.batch_size, len(self.train_pixels)), self.group.world
+        )
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = False
             torch.backends.cudnn.deterministic = True
@@ -140,8 +156,7 @@ class Trainer:
         path = self.plan.run.path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for left in path.glob(".*"):
-                left.unlink(missing_ok=True)
+            remove_half_written(path)
         except OSError as error:
             raise write_error(path, error) from error
         self.recipe.write(path / "recipe.toml")
@@ -182,7 +197,8 @@ class Trainer:
     def _train_head(self, model: nn.Module, phase: Phase) -> None:
         """Train the classifier alone; cheap enough to be done again from its start after an interruption."""
         started = time.perf_counter()
-        self.progress = Progress(parts=self.progress.parts, precision=self.progress.precision)
+        begun = self.progress
+        self.progress = Progress(parts=begun.parts, threads=begun.threads, precision=begun.precision)
         name, classifier = classifier_of(model)
         with self.group.first_alone():
             train, val = (
@@ -218,25 +234,28 @@ class Trainer:
         set_trained(model, trained_names(model, self.recipe, phase, phase.first_epoch))
         inputs = self._inputs(model, phase)
         set_trained(model, None)
-        share_batch_norm(model, self.group)
         trainer = self._epoch_trainer(model, phase, inputs)
-        before: object = self
         try:
-            for epoch in range(max(phase.first_epoch, self.progress.epoch + 1), phase.first_epoch + phase.epochs):
-                names = trained_names(model, self.recipe, phase, epoch)
-                set_trained(model, names)
-                if names != before:
-                    trainer.updater.network = across(compiled(model, self.precision), self.group, self.device)
-                    before = names
-                self._epoch(model, trainer, inputs, phase, epoch)
-                if self._stopped_early:
-                    break
+            with shared_batch_norm(model, self.group):
+                self._epochs(model, trainer, inputs, phase)
         except KeyboardInterrupt:
             if trainer.whole and self.progress.updates != self.saved_updates:
                 trainer.save()
             raise
         finally:
             inputs.batches.close()
+
+    def _epochs(self, model: nn.Module, trainer: EpochTrainer, inputs: Inputs, phase: Phase) -> None:
+        before: object = self
+        for epoch in range(max(phase.first_epoch, self.progress.epoch + 1), phase.first_epoch + phase.epochs):
+            names = trained_names(model, self.recipe, phase, epoch)
+            set_trained(model, names)
+            if names != before:
+                trainer.updater.network = across(compiled(model, self.precision), self.group, self.device)
+                before = names
+            self._epoch(model, trainer, inputs, phase, epoch)
+            if self._stopped_early:
+                break
 
     def _inputs(self, model: nn.Module, phase: Phase) -> Inputs:
         return make_inputs(
@@ -327,7 +346,6 @@ class Trainer:
     def _save(self, updater: Updater, ema: Any) -> None:
         """Write a checkpoint; signals wait for its end."""
         self._account()
-        self.saved_updates = self.progress.updates
         if not self.group.leads:
             return
         with self.interruption.step():
@@ -348,6 +366,7 @@ class Trainer:
                 scaler=scaler,
                 kept=self.kept,
             )
+            self.saved_updates = self.progress.updates
             self.write_history()
 
     def _account(self) -> None:
@@ -419,3 +438,8 @@ class Trainer:
 
 def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+
+
+def _begun_threads(progress: Progress) -> int:
+    """Return the threads that a run began with, whose number decides its bits; at most as many as there are cores."""
+    return min(progress.threads, cores()) if progress.threads else set_threads()
