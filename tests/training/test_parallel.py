@@ -93,6 +93,26 @@ def test_two_processes_give_what_one_gives_and_go_on_after_a_signal(tiny, make_r
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_average_of_epochs_is_made_by_the_first_process_alone(tiny, make_recipe, tmp_path):
+    other = tmp_path / "two"
+    shutil.copytree(tiny.root, other)
+    keys = {"optimizer.name": "sgd", "average.method": "swa", "batch_size": 6, "finetune.epochs": 3}
+    one = train(make_recipe(**{key.replace(".", "__"): value for key, value in keys.items()}), "tiny", 0, tiny)
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    started = torchrun(other, "train", "tiny", "--data", "tiny", *words)
+    try:
+        _, err = started.communicate(timeout=120)
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == 0, err
+    (two,) = list_runs(type(tiny)(other))
+    assert two.name == one.name and two.record.notes[0].startswith("swa of epochs 2, 3")
+    same(two, one)
+
+
+@pytest.mark.slow
 def test_more_processes_than_a_batch_can_be_shared_by_are_refused_before_work(tiny):
     started = torchrun(tiny.root, "train", "tiny", "--data", "tiny", "--set", "batch_size=4", processes=3)
     _, err = started.communicate(timeout=120)

@@ -182,6 +182,56 @@ def test_a_format_that_breaks_the_network_is_left_out(tiny, make_recipe, monkeyp
     assert plan["images_per_s"]["bf16-channels-last"] is None
 
 
+def test_a_format_that_is_finite_but_wrong_is_left_out_behind_a_fresh_head_too(tiny, make_recipe, monkeypatch):
+    from torch import nn
+
+    @register_model("loud_net")
+    def loud_net(num_classes: int) -> nn.Module:
+        class Loud(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes)
+
+            def get_classifier(self):
+                return self.fc
+
+            def forward(self, images):
+                maps = self.conv(images)
+                return self.fc((maps if maps.dtype == torch.float32 else 500 * maps).mean((2, 3)))
+
+        return Loud()
+
+    monkeypatch.setattr(speed, "FEWEST_STEPS", 1)
+    try:
+        for strategy, policy in (("lp-ft", "light"), ("linear-probe", "none")):
+            recipe = make_recipe(model__name="loud_net", epochs=2, strategy=strategy, policy=policy)
+            plan = make_plan(recipe, "tiny", 0, tiny)
+            model = plan.model()[0]
+            assert not any(parameter.any() for parameter in model.fc.parameters())
+            found = speed.plan_precision(plan, model, CPU, 1000, training=strategy == "lp-ft")
+            assert found.dtype == "float32" and found.measured["bf16-channels-last"] is None, strategy
+    finally:
+        del own_models["loud_net"]
+
+
+def test_nothing_is_kept_where_no_plan_could_be_measured(tiny, make_recipe, monkeypatch):
+    def broken(*_):
+        def steps(plan, count):
+            raise RuntimeError("out of memory")
+
+        return steps
+
+    monkeypatch.setattr(speed, "training_steps", broken)
+    plan = make_plan(make_recipe(), "tiny", 0, tiny)
+    assert speed.plan_precision(plan, plan.model()[0], CPU, 1000) == FLOAT
+    assert known_plan(speed.plan_identity(plan, CPU, training=True)) is None
+    steps, _ = pretended({"bf16-channels-last": 0.5}, {"bf16-channels-last": float("nan")})
+    assert measured_plan(steps, [FLOAT, BF16], 32).measured == {
+        "float32-channels-last": None,
+        "bf16-channels-last": None,
+    }
+
+
 def test_an_interrupted_run_keeps_the_plan_that_it_began_with(tiny, make_recipe, monkeypatch):
     def stop(tick):
         if tick.phase == "network" and tick.epoch == 2:
