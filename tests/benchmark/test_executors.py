@@ -281,3 +281,46 @@ def test_processes_whose_parent_is_killed_save_and_leave(tiny):
     states = list(tiny.runs.glob("*/checkpoint/*.json"))
     assert len({each.parent for each in states}) == 2
     assert not list(tiny.locks.glob("*.json"))  # they left by themselves
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("jobs", "left"), [(2, 1), (3, 2)])
+def test_what_is_left_of_a_benchmark_is_trained_with_the_threads_of_the_rest(tiny, monkeypatch, jobs, left):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(executors, "cores", lambda: 4)
+    share = min(4 // jobs, cores())
+    bench(data="tiny", recipes=["tiny"], seeds=jobs, jobs=jobs)
+    for run in list_runs(tiny)[:left]:
+        shutil.rmtree(run.path)
+    steps = []
+    again = bench(data="tiny", recipes=["tiny"], seeds=jobs, jobs=jobs, on_step=steps.append)
+    assert sorted(step.state for step in steps if step.state != "begins") == ["finished"] * left + ["reused"] * (
+        jobs - left
+    )
+    assert again.failed == 0
+    assert [run.record.threads for run in list_runs(tiny)] == [share] * jobs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["net-tta", "net"], ["net-tta", "net-crops"], ["net-soup-tta", "net-soup", "net"]])
+def test_runs_that_are_made_of_others_wait_for_them_and_for_each_other(trained, make_recipe, names):
+    source = next(run.name for run in list_runs(trained) if "--tiny--s0" in run.name)
+    scores = {"net-tta": "flip", "net-crops": "crops", "net-soup-tta": "flip"}
+    for name in names:
+        changes = {"weights": source, "image_size": 32}
+        if name in scores:
+            changes["score.tta"] = scores[name]
+        if "soup" in name:
+            changes["average.seeds"] = 2
+        make_recipe(name, **changes).write(trained.recipes / f"{name}.toml")
+    steps = []
+    result = bench(data="tiny", recipes=names, seeds=2, jobs=2, on_step=steps.append)
+    assert result.failed == 0, [step.detail for step in steps if step.state == "failed"]
+    runs = {run.name: run.record for run in list_runs(trained)}
+    digests = [(record.recipe_digest, record.seed) for record in runs.values()]
+    assert len(set(digests)) == len(digests)  # nothing was trained under two names
+    ended = [step.run for step in steps if step.state == "finished"]
+    assert len(ended) == 2 * len(names)
+    for name in ended:
+        listed = [ended.index(source) for source in runs[name].made_of if source in ended]
+        assert all(place < ended.index(name) for place in listed)

@@ -607,6 +607,26 @@ def test_workers_whose_first_process_is_killed_end_by_themselves(long_study):
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("by_the_group", [True, False])
+def test_a_worker_is_stopped_by_one_signal_alone(by_the_group):
+    code = (
+        "import multiprocessing, os, signal, sys, threading, time\n"
+        "from zoo.benchmark import crew\n"
+        "came = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: came.append(time.monotonic()))\n"
+        "mine, theirs = multiprocessing.Pipe()\n"
+        "threading.Thread(target=crew._heed, args=(theirs, crew.noted_signals()), daemon=True).start()\n"
+        f"if {by_the_group}: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(0.3)\n"
+        "mine.close()\n"
+        "until = time.monotonic() + 1\n"
+        "while time.monotonic() < until: time.sleep(0.05)\n"
+        "print(len(came))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr
+
+
 def children(pid):
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
     return [int(each) for each in found.stdout.split()]

@@ -13,6 +13,7 @@ from zoo.errors import ZooError
 from zoo.files import home, sha256_file, to_json
 from zoo.recipe import known_keys
 from zoo.reporting.writers import WRITERS, check_writers, flat_recipe, open_writers
+from zoo.runs import run_lock
 from zoo.training.loop import train_plan
 from zoo.training.plan import Plan, make_plan
 
@@ -316,6 +317,38 @@ def test_a_full_disk_ends_the_writer_and_not_the_run(plan, full_disk, monkeypatc
     for epoch in range(2, 200):
         writers.epoch(rows(epoch)[0])
     assert len(writers.notes) == 1 and "No space left" in writers.notes[0]
+
+
+def train_at_the_prompt(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zoo", "train", "tiny", "--data", "tiny", "--offline", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+
+
+def test_who_finds_a_run_in_progress_leaves_what_is_written_of_it_alone(plan):
+    writers = open_writers(["mlflow"], plan)
+    with run_lock(plan.home, plan.run.name):
+        done = train_at_the_prompt("--log", "mlflow", "--log", "tensorboard")
+        assert done.returncode == 1 and "is being trained by process" in done.stderr
+        (run,) = mlflow_runs(plan)
+        assert run.info.status == "RUNNING" and "reason" not in run.data.tags
+        assert not (plan.run.path / "tensorboard").exists()
+    writers.fail("stopped", interrupted=True)
+    done = train_at_the_prompt("--log", "mlflow", "--log", "tensorboard")
+    assert done.returncode == 0, done.stderr
+    assert [run.info.status for run in mlflow_runs(plan)] == ["FINISHED"]
+    history = plan.run.history()
+    for name in BOTH:
+        assert READERS[name](plan, "train_loss") == [(row["epoch"], row["train_loss"]) for row in history]
+
+
+def test_a_store_that_cannot_be_opened_is_no_failure_of_the_run(plan, monkeypatch):
+    damaged = plan.home.root / "damaged.db"
+    damaged.write_bytes(b"no database at all, " * 400)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{damaged}")
+    monkeypatch.setenv("MLFLOW_MAX_DB_CONNECT_RETRIES", "1")
+    done = train_at_the_prompt("--log", "mlflow")
+    assert done.returncode == 1 and done.stderr.startswith("error: mlflow cannot be opened: "), done.stderr
+    assert not (plan.run.path / "run.json").exists()
 
 
 SPY = """

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from zoo.data.room import GB, caches_of, make_room
 from zoo.errors import ZooError
 from zoo.training.stored import read_stored, store_once
 
@@ -130,3 +131,34 @@ def test_what_a_killed_process_has_begun_is_removed(tmp_path):
     assert len(list(tmp_path.glob(".a.npy.*"))) == 1
     assert torch.equal(store(tmp_path / "a.npy", VALUES).values, VALUES)
     assert sorted(each.name for each in tmp_path.iterdir()) == [".a.lock", "a.json", "a.npy"]
+
+
+def test_arrays_leave_for_want_of_room_but_not_while_they_are_mapped(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZOO_CACHE_GB", "inf")
+    folder = tmp_path / "data" / "tiny" / ".cache"
+    names = ["features-a.npy", "boundary-b.npy", "features-c.npy"]
+    held = {name: store(folder / name, VALUES) for name in names}
+    size = (folder / names[0]).stat().st_size
+    assert set(caches_of(tmp_path / "data")) == {folder / name for name in names}  # no record, and no lock
+    pixels = folder / "pixels-train.bin"
+    assert not make_room(pixels, size, 3 * size)
+    values = held.pop(names[1]).values[2:3]
+    del held[names[0]], held[names[2]]
+    time.sleep(0.02)
+    assert read_stored(folder / names[0], 5) is not None  # used again: the third is now the oldest that nobody has
+    assert make_room(pixels, size, 3 * size)
+    assert sorted(each.name for each in folder.iterdir() if not each.name.startswith(".")) == [
+        "boundary-b.json",
+        "boundary-b.npy",
+        "features-a.json",
+        "features-a.npy",
+    ]
+    assert not make_room(pixels, 2 * size, 2 * size)
+    assert torch.equal(values, VALUES[2:3])
+    del values
+    # What is stored makes its own room, and is computed again where it had to leave.
+    monkeypatch.setenv("ZOO_CACHE_GB", repr(2.5 * size / GB))
+    store(folder / names[2], VALUES)
+    assert (folder / names[2]).exists() and not (folder / names[1]).exists()
+    assert torch.equal(store(folder / names[1], VALUES).values, VALUES)
+    assert sum(facts.st_size for facts in caches_of(tmp_path / "data").values()) == 2 * size

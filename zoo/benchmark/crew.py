@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, NoReturn
 
-from zoo.benchmark.executors import OnStep, Step
+from zoo.benchmark.executors import OnStep, Step, noted_signals, stop_this_process
 from zoo.benchmark.space import space_of
 from zoo.benchmark.study import Study, until
 from zoo.benchmark.trials import Job, work
@@ -34,7 +35,7 @@ def work_side_by_side(job: Job, study: Study, jobs: int, deadline: float | None,
     said: list[str] = []
     try:
         for number in range(jobs):
-            mine, theirs = context.Pipe(duplex=False)
+            mine, theirs = context.Pipe()
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             process = context.Process(target=_work, args=(job, left, theirs))
             with _environment(number, jobs):
@@ -43,7 +44,7 @@ def work_side_by_side(job: Job, study: Study, jobs: int, deadline: float | None,
             channels[mine] = process
         _listen(study, dict(channels), on_tick, tell, said)
     finally:
-        _stop(list(channels.values()))
+        _stop(channels)
     codes = [process.exitcode for process in channels.values()]
     if study.ended() < job.trials and (said or all(codes)):
         died = f"every process that worked on the study died (exit codes {', '.join(map(str, codes))})"
@@ -74,10 +75,17 @@ def _listen(study: Study, channels: dict[Connection, Any], on_tick: OnTick, tell
                 said.append(value)
 
 
-def _stop(processes: list[Any]) -> None:
-    """End what still runs: politely, so that it saves its state, then not."""
+def _stop(channels: dict[Connection, Any]) -> None:
+    """End what still runs: politely, so that it saves its state, then not.
+
+    A process whose channel is closed stops by itself. A signal from here would be the second one where the whole group
+    has got the first, and would give up the step that this one lets end.
+    """
+    processes = list(channels.values())
+    for channel in channels:
+        channel.close()
     for process in processes:
-        if process.is_alive():
+        if os.name != "posix" and process.is_alive():
             process.terminate()
     deadline = time.monotonic() + _PATIENCE_S
     for process in processes:
@@ -119,8 +127,9 @@ def _work(job: Job, seconds: float | None, channel: Connection) -> None:
     def send(kind: str, value: Any) -> None:
         try:
             channel.send((kind, value))
-        except OSError:
-            raise KeyboardInterrupt from None  # whoever started this is gone: nothing is left running alone
+        except OSError:  # whoever started this is gone, which the other thread, where there is one, has seen too
+            if os.name != "posix":
+                raise KeyboardInterrupt from None
 
     def on_tick(tick: Tick) -> None:
         if time.monotonic() - last[0] > _TICK_S:
@@ -131,6 +140,8 @@ def _work(job: Job, seconds: float | None, channel: Connection) -> None:
         send("step", step)
 
     try:
+        if os.name == "posix":
+            threading.Thread(target=_heed, args=(channel, noted_signals()), daemon=True).start()
         study = Study(job.folder, space_of(job.recipe), job.seed, job.pruner)
         work(job, study, deadline, on_tick, tell)
     except (Interrupted, KeyboardInterrupt):
@@ -139,8 +150,15 @@ def _work(job: Job, seconds: float | None, channel: Connection) -> None:
         with suppress(OSError):
             channel.send(("error", str(error)))
         raise SystemExit(1) from None
-    finally:
-        channel.close()
+
+
+def _heed(channel: Connection, signals: int) -> None:
+    """Stop this process once whoever started it has closed the channel, or is dead: nothing is left running alone."""
+    try:
+        while True:
+            channel.recv()
+    except (EOFError, OSError):
+        stop_this_process(signals)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -25,6 +25,7 @@ from zoo.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, ZooError, one_lin
 from zoo.files import digest_of
 from zoo.models.spec import load_plugins, own_models
 from zoo.runs import Run, RunRecord
+from zoo.training.derived import is_derived, sources
 from zoo.training.loop import OnTick, Tick, train_plan
 from zoo.training.plan import Plan
 from zoo.training.precision import cores
@@ -76,8 +77,8 @@ def run_all(
 
     Raises Interrupted after Ctrl-C or SIGTERM, when every run has saved its state.
     """
-    open_runs = [number for number, step in enumerate(steps) if isinstance(step, Plan) and not _is_done(step)]
-    jobs = min(jobs, sum(not _only_here(steps[number]) for number in open_runs))
+    # Of all runs, not of those still open: a run's threads, and so its bits, do not hang on when it is trained.
+    jobs = min(jobs, sum(not _only_here(step) for step in steps))
     if jobs < 2:
         return [_run_here(steps, number, bad_images, on_tick, tell) for number in range(len(steps))]
     return run_in_processes(steps, jobs, bad_images, on_tick, tell)
@@ -130,7 +131,8 @@ def run_in_processes(
     """Train and score runs in `jobs` processes at a time; arguments and results as those of `run_all`.
 
     A process that dies is a failed run, and another takes its place. Runs whose network no other process can know
-    come last, here. Each process has its share of the cores, and of several CUDA devices one.
+    come last, here. Each process has its share of the cores, which is the same however many runs are left, and of
+    several CUDA devices one. A run that is made of others waits for those that are under way or still to come.
     """
     results: dict[int, Run | RunRecord] = {}
     here: list[int] = []
@@ -166,6 +168,24 @@ class _Worker:
     number: int | None = None
 
 
+class _Parts:
+    """What a run is, as its digest, and of which runs that were not finished yet it is made, to the last.
+
+    Two names of one recipe are one digest: the one is taken for the other where that is a source.
+    """
+
+    def __init__(self, step: Planned) -> None:
+        assert isinstance(step, Plan)
+        self.own = step.digest
+        self.sources: set[str] = set()
+        above = [step]
+        while above:
+            plan = above.pop()
+            found = [each for each in sources(plan) if not each.run.finished] if is_derived(plan.recipe) else []
+            self.sources |= {each.digest for each in found}
+            above += found
+
+
 @dataclass
 class _Crew:
     """The processes, and what is to be done."""
@@ -179,11 +199,13 @@ class _Crew:
     results: dict[int, Run | RunRecord]
     workers: list[_Worker] = field(default_factory=list)
     prepared: set[int] = field(default_factory=set)
+    made: set[str] = field(default_factory=set)
     hired: int = 0
 
     def __post_init__(self) -> None:
         self.waiting = list(self.waiting)
         self.kinds = {number: _kind(self.steps[number]) for number in self.waiting}
+        self.parts = {number: _Parts(self.steps[number]) for number in self.waiting}
         self.devices = _devices(self.steps)
 
     def work(self) -> None:
@@ -213,13 +235,11 @@ class _Crew:
         self.workers.append(_start(max(1, cores() // self.jobs), device))
 
     def _give_work(self, worker: _Worker) -> None:
-        """Give the next run for which no other process prepares just now what both need."""
-        busy = {
-            self.kinds[each.number]
-            for each in self.workers
-            if each.number is not None and each.number not in self.prepared
-        }
-        number = next((number for number in self.waiting if self.kinds[number] not in busy), None)
+        """Give the next run for which no other process prepares just now what both need, and of which all is free."""
+        at_work = [each.number for each in self.workers if each.number is not None]
+        busy = {self.kinds[number] for number in at_work if number not in self.prepared}
+        free = (each for each in self.waiting if self.kinds[each] not in busy and not self._is_held(each, at_work))
+        number = next(free, None)
         if number is None:
             return
         with suppress(OSError):  # a process that has just died is found by the caller
@@ -227,6 +247,14 @@ class _Crew:
             self.waiting.remove(number)
             worker.number = number
             self._tell(number, "begins")
+
+    def _is_held(self, number: int, at_work: list[int]) -> bool:
+        """Return whether a run's sources are still to come, or it or they are trained now as another one's sources."""
+        parts = self.parts[number]
+        needed = parts.sources - self.made
+        theirs = {source for each in at_work for source in self.parts[each].sources}
+        to_come = {self.parts[each].own for each in [*at_work, *self.waiting]}
+        return bool(needed & (theirs | to_come)) or parts.own in theirs
 
     def _hear(self, worker: _Worker) -> bool:
         """Take in what a process says; return whether it may say more."""
@@ -256,6 +284,8 @@ class _Crew:
         assert worker.number is not None
         number, worker.number = worker.number, None
         self.results[number] = outcome.result
+        if outcome.state != "failed":
+            self.made |= {self.parts[number].own, *self.parts[number].sources}
         self._tell(number, outcome.state, outcome.detail)
 
     def _tell(self, number: int, state: str, detail: str = "") -> None:
@@ -377,9 +407,7 @@ def serve(descriptor: int, threads: int) -> None:
     """Train and score the runs whose numbers come over a connection until it closes; a process's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent tells when to stop
     signal.signal(signal.SIGTERM, _stop)
-    read_signals, write_signals = os.pipe()
-    os.set_blocking(write_signals, False)
-    signal.set_wakeup_fd(write_signals, warn_on_full_buffer=False)
+    read_signals = noted_signals()
     connection = Connection(descriptor)
     orders: queue.Queue[Any] = queue.Queue()
     try:
@@ -435,10 +463,23 @@ def _listen(connection: Connection, orders: queue.Queue[Any], signals: int) -> N
             if order is None:
                 return
     except (EOFError, OSError):
-        # A second signal would give up the step that the first one, to the whole group, lets end. (Not every byte is
-        # one: the ends of loading processes are noted too.)
-        came = os.read(signals, 65_536) if select.select([signals], [], [], 0)[0] else b""
-        if signal.SIGTERM not in came:
-            os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(ORPHAN_S)
-        os._exit(EXIT_SIGTERM)
+        stop_this_process(signals)
+
+
+def noted_signals() -> int:
+    """Return what `stop_this_process` reads the signals from that come to this process from now on."""
+    read_signals, write_signals = os.pipe()
+    os.set_blocking(write_signals, False)
+    signal.set_wakeup_fd(write_signals, warn_on_full_buffer=False)
+    return read_signals
+
+
+def stop_this_process(signals: int) -> NoReturn:
+    """Stop this process from another thread than its first, as SIGTERM does, within 12 s."""
+    # A second signal would give up the step that the first one, to the whole group, lets end. (Not every byte is
+    # one: the ends of loading processes are noted too.)
+    came = os.read(signals, 65_536) if select.select([signals], [], [], 0)[0] else b""
+    if signal.SIGTERM not in came:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_S)
+    os._exit(EXIT_SIGTERM)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,54 +35,57 @@ def bench(
     home: HomeOption = None,
 ) -> None:
     """Train every recipe with every seed, score all on the same test split, and write the table and figures."""
-    from zoo.benchmark.contrasts import bench_all
     from zoo.benchmark.definition import load_benchmark
-    from zoo.benchmark.suite import bench as run_bench
-    from zoo.cli.screen import assignments, bars, check_bad_images, console, print_comparison, print_json
+    from zoo.cli.screen import assignments, check_bad_images
     from zoo.errors import EXIT_SOME_RUNS_FAILED, ZooError
 
     bad_images = check_bad_images(bad_images)
     names = [name.strip() for name in recipes.split(",") if name.strip()] if recipes else None
-    if benchmark is not None and data is None and load_benchmark(benchmark).datasets:
-        if names:
-            raise ZooError(f"--recipes goes with one dataset; name it, --data {load_benchmark(benchmark).datasets[0]}")
-        with bars(quiet=json) as shown:
-            every = bench_all(
-                benchmark,
-                seeds=seeds,
-                overrides=assignments(set_),
-                offline=offline,
-                bad_images=bad_images,
-                accept_leaks=accept_leaks,
-                jobs=jobs,
-                on_tick=shown.tick,
-                on_step=shown.step,
-            )
-        _print_all(every, json)
-        if every.failed:
-            raise typer.Exit(EXIT_SOME_RUNS_FAILED)
-        return
+    datasets = load_benchmark(benchmark).datasets if benchmark is not None and data is None else []
+    if datasets and names:
+        raise ZooError(f"--recipes goes with one dataset; name it, --data {datasets[0]}")
+    options: dict[str, Any] = {
+        "seeds": seeds,
+        "overrides": assignments(set_),
+        "offline": offline,
+        "bad_images": bad_images,
+        "accept_leaks": accept_leaks,
+        "jobs": jobs,
+    }
+    if benchmark is not None and datasets:
+        failed = _bench_all(benchmark, options, json)
+    else:
+        failed = _bench_one(benchmark, data, names, options, json)
+    if failed:
+        raise typer.Exit(EXIT_SOME_RUNS_FAILED)
+
+
+def _bench_all(benchmark: str, options: dict[str, Any], json: bool) -> int:
+    """Run a benchmark on all its datasets and show what came of it; return how many runs failed."""
+    from zoo.benchmark.contrasts import bench_all
+    from zoo.cli.screen import bars
+
     with bars(quiet=json) as shown:
-        result = run_bench(
-            benchmark,
-            data=data,
-            recipes=names,
-            seeds=seeds,
-            overrides=assignments(set_),
-            offline=offline,
-            bad_images=bad_images,
-            accept_leaks=accept_leaks,
-            jobs=jobs,
-            on_tick=shown.tick,
-            on_step=shown.step,
-        )
+        every = bench_all(benchmark, **options, on_tick=shown.tick, on_step=shown.step)
+    _print_all(every, json)
+    return every.failed
+
+
+def _bench_one(
+    benchmark: str | None, data: str | None, recipes: list[str] | None, options: dict[str, Any], json: bool
+) -> int:
+    """Run a benchmark on one dataset and show what came of it; return how many runs failed."""
+    from zoo.benchmark.suite import bench as run_bench
+    from zoo.cli.screen import bars, console, print_comparison, print_json
+
+    with bars(quiet=json) as shown:
+        result = run_bench(benchmark, data=data, recipes=recipes, **options, on_tick=shown.tick, on_step=shown.step)
     if json:
         print_json({**result.comparison.document(), "folder": str(result.folder)})
     else:
         print_comparison(result.comparison)
         console().print(f"table and figures: {result.folder}", markup=False, soft_wrap=True)
-    if result.failed:
-        raise typer.Exit(EXIT_SOME_RUNS_FAILED)
+    return result.failed
 
 
 def _print_all(every: ManyResults, json: bool) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -35,7 +36,7 @@ def pretrain(
     home: HomeOption = None,
 ) -> None:
     """Pretrain a backbone on generated images; what was interrupted goes on, what is finished is not trained again."""
-    from zoo.cli.screen import bars, console, print_json
+    from zoo.cli.screen import bars, print_json
     from zoo.errors import ZooError, nearest, one_line
     from zoo.files import home as home_of
     from zoo.files import read_json
@@ -44,17 +45,12 @@ def pretrain(
 
     if source != "formula":
         raise ZooError(f"--source knows formula alone. Got {one_line(source)!r}{nearest(source, ['formula'])}")
-    chosen = tuple(name.strip() for name in (families or "").split(",") if name.strip())
-    try:
-        sizes = tuple(int(part) for part in image_sizes.split(","))
-    except ValueError:
-        raise ZooError(f"--image-sizes takes whole numbers with commas, 48,64. Got {one_line(image_sizes)!r}") from None
     settings = Pretraining(
         arch,
-        families=chosen,
+        families=tuple(name.strip() for name in (families or "").split(",") if name.strip()),
         images_per_class=images,
         epochs=epochs,
-        image_sizes=sizes,
+        image_sizes=_sizes(image_sizes),
         batch_size=batch_size,
         lr=lr,
         colour_weight=colour_weight,
@@ -66,7 +62,22 @@ def pretrain(
     card = read_json(folder / f"{arch}.{tag}.json")
     if json:
         print_json({**card, "folder": str(folder)})
-        return
+    else:
+        _print(card, folder)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    from zoo.errors import ZooError, one_line
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ZooError(f"--image-sizes takes whole numbers with commas, 48,64. Got {one_line(text)!r}") from None
+
+
+def _print(card: dict[str, Any], folder: Path) -> None:
+    from zoo.cli.screen import console
+
     out = console()
     for line in (
         f"{card['name']}: {card['classes']} classes, {card['images_seen']:,} images seen, {card['hours']:.2f} h, "

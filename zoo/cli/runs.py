@@ -67,8 +67,8 @@ def _train(plan: Plan, shown: Bars, watch: bool, names: list[str]) -> Run:
     """Train, telling of it to whatever was asked for; what goes wrong there is a note and never stops the run."""
     from zoo.errors import Interrupted, ZooError
     from zoo.reporting.live import LiveFigure
-    from zoo.reporting.writers import open_writers
-    from zoo.training.loop import train_plan
+    from zoo.reporting.writers import Writers, open_writers
+    from zoo.training.loop import StopRun, train_plan
     from zoo.training.plan import finished_run
 
     done = finished_run(plan)
@@ -79,27 +79,40 @@ def _train(plan: Plan, shown: Bars, watch: bool, names: list[str]) -> Run:
         shown.console.print(f"note: {text}", markup=False, soft_wrap=True)
 
     figure = LiveFigure(plan.run.path / "loss.png", on_note=note) if watch else None
-    writers = open_writers(names, plan, note)
+    opened: list[Writers] = []
+
+    def writers() -> Writers:
+        if not opened:
+            opened.append(open_writers(names, plan, note))
+        return opened[0]
 
     def on_tick(tick: Tick) -> None:
         shown.tick(tick)
         if figure is not None:
             figure.tick(tick)
+        # Not before there is a sign of life: until then another process may hold the run, and write of it.
+        try:
+            writers()
+        except ZooError as error:
+            raise StopRun from error  # no fault of the run's, whose record is not to say that it failed
 
     def on_epoch(row: dict[str, Any]) -> None:
-        writers.epoch(row)
+        writers().epoch(row)
         if figure is not None:
             figure.epoch(row)
 
     try:
         run = train_plan(plan, on_tick, on_epoch)
+    except StopRun as stop:
+        raise stop.__cause__ or stop from None
     except ZooError as error:
-        writers.fail(str(error), interrupted=isinstance(error, Interrupted))
+        for each in opened:
+            each.fail(str(error), interrupted=isinstance(error, Interrupted))
         raise
     finally:
         if figure is not None:
             figure.close()
-    writers.finish(run.record, run.metrics("val"))
+    writers().finish(run.record, run.metrics("val"))
     return run
 
 

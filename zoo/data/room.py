@@ -1,4 +1,7 @@
-"""The room that the pixel caches of a home may take together, and which of them leaves first when it is short."""
+"""The room that the caches of a home may take together, and which of them leaves first when it is short.
+
+They are of pixels, and of what networks made of them: features, and activations of frozen stages.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,12 @@ if sys.platform != "win32":
 
 DEFAULT_GB = 50.0
 GB = 1_000_000_000
+_PATTERNS = ("pixels-*.bin", ".pixels-*", "features-*.npy", ".features-*", "boundary-*.npy", ".boundary-*")
 _ABANDONED = 3600  # seconds after which nobody writes to a temporary file any more
 
 
 def cache_limit() -> float:
-    """Return how many bytes all pixel caches of a home may take together, by `ZOO_CACHE_GB` (50 if it is not set).
+    """Return how many bytes all caches of a home may take together, by `ZOO_CACHE_GB` (50 if it is not set).
 
     0: nothing is kept; `inf`: no limit. Raises ZooError for anything but a number of at least 0.
     """
@@ -41,17 +45,18 @@ def cache_limit() -> float:
 
 
 def caches_of(data: Path) -> dict[Path, os.stat_result]:
-    """Return the pixel caches below the folder of the datasets, those being written too, with size and times."""
+    """Return the caches below the folder of the datasets, those being written too, with size and times."""
     found = {}
-    for pattern in ("*/.cache/pixels-*.bin", "*/.cache/.pixels-*"):
-        for file in data.glob(pattern):
-            with suppress(OSError):
-                found[file] = file.stat()
+    for pattern in _PATTERNS:
+        for file in data.glob(f"*/.cache/{pattern}"):
+            if file.suffix != ".lock":
+                with suppress(OSError):
+                    found[file] = file.stat()
     return found
 
 
 def make_room(own: Path, needed: int, limit: float) -> bool:
-    """Return whether a pixel cache of `needed` bytes may stand at `own`, whose own bytes do not count.
+    """Return whether a cache of `needed` bytes may stand at `own`, whose own bytes do not count.
 
     Of the other caches of this home, the least recently used leave until it fits: never one that a living process has
     open, and none at all where that would not be enough.
@@ -74,6 +79,8 @@ def make_room(own: Path, needed: int, limit: float) -> bool:
         for file in leaving:
             try:
                 file.unlink(missing_ok=True)
+                if file.suffix == ".npy":
+                    file.with_suffix(".json").unlink(missing_ok=True)  # the record of what it was
             except OSError:  # another user's, or open where open files cannot be removed
                 return False
     return True
@@ -120,6 +127,18 @@ def open_in_use(file: Path, size: int) -> IO[bytes] | None:
         pass
     stream.close()
     return None
+
+
+@contextmanager
+def still_in_use(stream: IO[bytes]) -> Iterator[None]:
+    """Keep a cache that was just written safe from removal, after its stream is closed too, until the block ends."""
+    if sys.platform == "win32":  # there an open file could not be put in its place
+        yield
+        return
+    with os.fdopen(os.dup(stream.fileno()), "rb") as other:
+        with suppress(OSError):
+            fcntl.flock(other, fcntl.LOCK_SH)
+        yield
 
 
 @contextmanager

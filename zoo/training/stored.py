@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -12,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from zoo.data.room import cache_limit, make_room, open_in_use, still_in_use
 from zoo.errors import ZooError
 from zoo.files import atomic_writer, read_json, remove_half_written, sha256_file, write_json
 
@@ -84,8 +85,15 @@ def _record(file: Path) -> Path:
 
 
 def _open(file: Path, facts: dict[str, Any], count: int) -> Stored | None:
-    # Copied on write: torch wants memory that it may write to, and the file stays as it is.
-    array = np.load(file, mmap_mode="c", allow_pickle=False)
+    """Map an array; the map keeps the file from being removed for want of room (`zoo.data.room`)."""
+    stream = open_in_use(file, file.stat().st_size)
+    if stream is None:
+        return None
+    with stream:
+        np.lib.format.read_magic(stream)
+        shape, _, kind = np.lib.format.read_array_header_1_0(stream)
+        # Copied on write: torch wants memory that it may write to, and the file stays as it is.
+        array = np.memmap(stream, kind, "c", stream.tell(), shape)
     if len(array) != count:
         return None
     values = torch.from_numpy(array)
@@ -112,13 +120,17 @@ def store_once(
         stored = read_stored(file, count)
         if stored is not None:
             return stored
-        with atomic_writer(file) as stream:
-            writer = ArrayWriter(stream, count)
-            facts = compute(writer.add)
-            writer.end()
-        facts = {**facts, **writer.facts}
-        write_json(_record(file), facts)
-        made = _open(file, facts, count)
+        with ExitStack() as held:
+            with atomic_writer(file) as stream:
+                writer = ArrayWriter(stream, count)
+                facts = compute(writer.add)
+                writer.end()
+                held.enter_context(still_in_use(stream))
+            facts = {**facts, **writer.facts}
+            write_json(_record(file), facts)
+            made = _open(file, facts, count)
+            if file.parent.name == ".cache":  # beside the pixels; it stays in any case: it is needed now
+                make_room(file, file.stat().st_size, cache_limit())
     assert made is not None
     return made
 
