@@ -13,10 +13,11 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, NoReturn
 
-from zoo.benchmark.executors import OnStep, Step, noted_signals, stop_this_process
+from zoo.benchmark.executors import OnStep, Step
 from zoo.benchmark.space import space_of
 from zoo.benchmark.study import Study, until
 from zoo.benchmark.trials import Job, work
+from zoo.benchmark.worker import noted_signals, stop_this_process
 from zoo.errors import Interrupted, ZooError
 from zoo.training.loop import OnTick, Tick
 

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-import select
 import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from types import FrameType
-from typing import Any, NoReturn
 
 import torch
 
-from zoo.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, ZooError, one_line
+from zoo.benchmark.worker import Outcome, train_and_score
+from zoo.errors import EXIT_SIGINT, Interrupted, ZooError, one_line
 from zoo.files import digest_of
-from zoo.models.spec import load_plugins, own_models
+from zoo.models.spec import own_models
 from zoo.runs import Run, RunRecord
 from zoo.training.derived import is_derived, sources
-from zoo.training.loop import OnTick, Tick, train_plan
+from zoo.training.loop import OnTick
 from zoo.training.plan import Plan
 from zoo.training.precision import cores
-from zoo.training.scoring import evaluate
 
 GRACE_S = 30.0  # for a process that was asked to stop; saving its state takes at most a third
-ORPHAN_S = 12.0  # for a process whose parent is gone
-TICK_S = 0.1  # between two signs of life of one epoch
 
 
 @dataclass(frozen=True)
@@ -45,15 +37,6 @@ class Step:
     run: str
     state: str
     detail: str = ""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a run: itself, or the record of its failure, and how that is told."""
-
-    result: Run | RunRecord
-    state: str
-    detail: str
 
 
 OnStep = Callable[[Step], None]
@@ -95,19 +78,6 @@ def _run_here(
     outcome = train_and_score(step, bad_images, on_tick)
     tell(Step(*place, step.run.name, outcome.state, outcome.detail))
     return outcome.result
-
-
-def train_and_score(plan: Plan, bad_images: str | None, on_tick: OnTick | None) -> Outcome:
-    """Train a run and score it on test; what the user can mend is a failed record, Interrupted is raised."""
-    state = "reused" if plan.run.finished else "finished"
-    try:
-        run = train_plan(plan, on_tick)
-        metrics = evaluate(run, "test", plan.home, bad_images=bad_images)
-    except Interrupted:
-        raise
-    except ZooError as error:
-        return Outcome(plan.record("failed", str(error)), "failed", str(error))
-    return Outcome(run, state, f"test top1 {metrics['top1']:.3f}")
 
 
 def _is_done(plan: Plan) -> bool:
@@ -372,7 +342,7 @@ def _start(threads: int, device: str | None) -> _Worker:
     environment = {**os.environ, **dict.fromkeys(names, str(threads)), "NO_ALBUMENTATIONS_UPDATE": "1"}
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
-    code = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from zoo.benchmark.executors import serve; "
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from zoo.benchmark.worker import serve; "
     command = [sys.executable, "-P", "-c", f"{code}serve(int(sys.argv[1]), {threads})"]
     try:
         process = subprocess.Popen(
@@ -391,95 +361,3 @@ def _start(threads: int, device: str | None) -> _Worker:
 
 
 # Side by side: what each process does --------------------------------------------------------------------------
-
-
-class _Stopped(KeyboardInterrupt):
-    """The benchmark ends: as SIGTERM to the process."""
-
-    exit_code = EXIT_SIGTERM
-
-
-def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise _Stopped
-
-
-def serve(descriptor: int, threads: int) -> None:
-    """Train and score the runs whose numbers come over a connection until it closes; a process's whole life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent tells when to stop
-    signal.signal(signal.SIGTERM, _stop)
-    read_signals = noted_signals()
-    connection = Connection(descriptor)
-    orders: queue.Queue[Any] = queue.Queue()
-    try:
-        torch.set_num_threads(threads)
-        load_plugins()
-        connection.send(("ready", None))
-        threading.Thread(target=_listen, args=(connection, orders, read_signals), daemon=True).start()
-        steps, bad_images = orders.get()
-        while (number := orders.get()) is not None:
-            _serve_one(connection, steps[number], bad_images)
-    except ConnectionError:
-        _leave(EXIT_SIGTERM)  # the parent was gone before the other thread could see it
-    except (KeyboardInterrupt, Interrupted) as stop:
-        _send(connection, "interrupted", (str(stop) or "interrupted", EXIT_SIGTERM))
-        _leave(EXIT_SIGTERM)
-    except Exception:
-        _send(connection, "broken", traceback.format_exc())
-        _leave(1)
-
-
-def _leave(code: int) -> NoReturn:
-    """End this process at once: all is saved, and taking torch down would take seconds of the ten that there are."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
-    os._exit(code)
-
-
-def _serve_one(connection: Connection, plan: Plan, bad_images: str | None) -> None:
-    last = (0.0, "", 0)
-
-    def on_tick(tick: Tick) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if tick.done >= tick.total or (tick.phase, tick.epoch) != last[1:] or now - last[0] >= TICK_S:
-            last = (now, tick.phase, tick.epoch)
-            _send(connection, "tick", tick)
-
-    _send(connection, "done", train_and_score(plan, bad_images, on_tick))
-
-
-def _send(connection: Connection, kind: str, value: Any) -> None:
-    with suppress(OSError):  # the parent is gone, which the other thread has seen too
-        connection.send((kind, value))
-
-
-def _listen(connection: Connection, orders: queue.Queue[Any], signals: int) -> None:
-    """Pass orders on; where the parent has closed the connection, or is dead, stop this process within 12 s."""
-    try:
-        while True:
-            order = connection.recv()
-            orders.put(order)
-            if order is None:
-                return
-    except (EOFError, OSError):
-        stop_this_process(signals)
-
-
-def noted_signals() -> int:
-    """Return what `stop_this_process` reads the signals from that come to this process from now on."""
-    read_signals, write_signals = os.pipe()
-    os.set_blocking(write_signals, False)
-    signal.set_wakeup_fd(write_signals, warn_on_full_buffer=False)
-    return read_signals
-
-
-def stop_this_process(signals: int) -> NoReturn:
-    """Stop this process from another thread than its first, as SIGTERM does, within 12 s."""
-    # A second signal would give up the step that the first one, to the whole group, lets end. (Not every byte is
-    # one: the ends of loading processes are noted too.)
-    came = os.read(signals, 65_536) if select.select([signals], [], [], 0)[0] else b""
-    if signal.SIGTERM not in came:
-        os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ORPHAN_S)
-    os._exit(EXIT_SIGTERM)

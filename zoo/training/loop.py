@@ -121,6 +121,7 @@ def _with_less_memory(plan: Plan, group: Group, interruption: Interruption, on_t
     while True:
         oldest = torch.zeros((), requires_grad=True) * 1
         trainer = Trainer(plan, group, interruption, on_tick, on_epoch, parts)
+        on_tick(Tick(plan.run.name, "begins", 0, 1))
         try:
             # What is short is not kept from other uses.
             with freed_memory_kept() if parts == 1 else nullcontext():
