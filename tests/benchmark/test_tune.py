@@ -57,7 +57,7 @@ def studies(root):
     ("search", "overrides", "said"),
     [
         ({}, {}, "recipe 'tiny' has no [search], so that there is nothing to tune; add a table such as [search] with"),
-        ({"finetune.metric": {"choices": ["top1", "auroc"]}}, {}, "'finetune.metric' cannot be varied: it is what"),
+        ({"finetune.metric": {"choices": ["top1", "auroc"]}}, {}, "'finetune.metric' cannot be varied; name a value"),
         ({"optimizer.name": {"choices": ["sgd", "sgd", "adam"]}}, {}, "'optimizer.name' names sgd twice"),
         ({"optimizer.momentum": {"low": 0.1, "high": 0.9}}, {}, "'optimizer.momentum' changes nothing where"),
         (
@@ -584,14 +584,17 @@ def test_jobs_stop_together_and_go_on(long_study):
     process = start(long_study, "--trials", "16", "--jobs", "2", "--json")
     before = sum(reported(long_study).values())
     wait_for(lambda: sum(reported(long_study).values()) > before, process)
-    trainers = [pid for pid in children(process.pid) if "spawn_main" in command_of(pid)]
-    assert len(trainers) == 2
-    os.kill(trainers[0], signal.SIGKILL)
+    wait_for(lambda: len(trainers_of(process.pid)) == 2, process)
+    os.kill(trainers_of(process.pid)[0], signal.SIGKILL)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     rows = json.loads(out)["trials"]
     assert [row["number"] for row in rows] == list(range(16))
     assert {row["state"] for row in rows} <= {"complete", "pruned"}
+
+
+def trainers_of(pid: int) -> list[int]:
+    return [child for child in children(pid) if "spawn_main" in command_of(child)]
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FULL
 from safetensors.torch import load_file
 
 from zoo.data.cache import open_pixels
@@ -311,7 +310,8 @@ def test_another_process_may_finish_first(tiny, make_recipe, monkeypatch):
 
 def test_two_classes_and_one_image_a_batch(root, make_recipe, image_folder):
     import_dataset(image_folder, "one", root)
-    whole = parse_recipe({"model": FULL["model"], "finetune": {"epochs": 1}}, "whole")
+    model = {"name": "simple_cnn", "weights": "scratch", "image_size": 32}
+    whole = parse_recipe({"model": model, "finetune": {"epochs": 1}}, "whole")
     run = train(whole, "one", 0, root)  # 32 images a batch are more than there are, and were not asked for
     assert run.record.epochs == 1
     assert find_run(run.name, root) == run
