@@ -579,7 +579,10 @@ def test_jobs_stop_together_and_go_on(long_study):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert "the study goes on with the same command" in err and "Traceback" not in err
-    assert not [pid for pid in workers if alive(pid)], "no orphan is left"
+    deadline = time.monotonic() + 10  # a process may still be on its way out
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [command_of(pid) for pid in workers if alive(pid)], "no orphan is left"
     # One of two is killed for good: the other takes its trial over.
     process = start(long_study, "--trials", "16", "--jobs", "2", "--json")
     before = sum(reported(long_study).values())
