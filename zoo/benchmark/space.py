@@ -97,8 +97,6 @@ def probes(space: Space) -> Iterator[tuple[str, Any]]:
 
 def _key_faults(space: Space, key: str) -> list[str]:
     inner, faults = space.spaces[key], []
-    if key == "finetune.metric":
-        faults.append("'finetune.metric' cannot be varied: it is what trials are compared by")
     labels = [_label(value) for value in inner.get("choices", [])]
     twice = sorted({str(label) for label in labels if labels.count(label) > 1})
     if twice:

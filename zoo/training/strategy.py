@@ -113,8 +113,8 @@ def frozen_names(model: nn.Module, freeze: Sequence[str]) -> set[str]:
             ]
             shown = ", ".join(dict.fromkeys(name.partition(".")[0] for name in modules))
             raise ZooError(
-                f"finetune.freeze names {one_line(wanted)!r}, which is no part of this network"
-                f"{nearest(wanted, modules)}; it has {shown}, and what lies in these"
+                f"finetune.freeze names {one_line(wanted)!r}, which is no part of this network (it has {shown}, "
+                f"and what lies in these){nearest(wanted, modules)}"
             )
         found |= names
     head = {name for each, _ in classifiers_of(model) for name in every if name.startswith(f"{each}.")}
