@@ -504,6 +504,9 @@ def start(root, *words, **options):
     )
 
 
+TRIALS = 40  # more than one process ends before the other has started
+
+
 @pytest.fixture
 def long_study(tiny, searched):
     """The recipe `tiny-search` in the home, whose trials take a second or so."""
@@ -571,7 +574,7 @@ def test_two_processes_share_a_study_and_none_trains_what_the_other_does(long_st
 
 @pytest.mark.slow
 def test_jobs_stop_together_and_go_on(long_study):
-    process = start(long_study, "--trials", "16", "--jobs", "2")
+    process = start(long_study, "--trials", str(TRIALS), "--jobs", "2")
     wait_for(lambda: len(reported(long_study)) >= 2, process)
     workers = children(process.pid)
     assert len(workers) >= 2
@@ -584,15 +587,15 @@ def test_jobs_stop_together_and_go_on(long_study):
         time.sleep(0.05)
     assert not [command_of(pid) for pid in workers if alive(pid)], "no orphan is left"
     # One of two is killed for good: the other takes its trial over.
-    process = start(long_study, "--trials", "16", "--jobs", "2", "--json")
+    process = start(long_study, "--trials", str(TRIALS), "--jobs", "2", "--json")
+    wait_for(lambda: len(trainers_of(process.pid)) == 2, process)
     before = sum(reported(long_study).values())
     wait_for(lambda: sum(reported(long_study).values()) > before, process)
-    wait_for(lambda: len(trainers_of(process.pid)) == 2, process)
     os.kill(trainers_of(process.pid)[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     rows = json.loads(out)["trials"]
-    assert [row["number"] for row in rows] == list(range(16))
+    assert [row["number"] for row in rows] == list(range(TRIALS))
     assert {row["state"] for row in rows} <= {"complete", "pruned"}
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import signal
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -142,8 +144,15 @@ def _start_worker(_: int) -> None:
     # A signal to the whole process group is the parent's to answer: it saves its state, then ends the workers.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # What a thread that hands tensors over says of a parent that left: an error of loading goes another way.
+    sys.excepthook = _quiet_if_alone
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def _quiet_if_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not isinstance(error, OSError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_workers(held: list[Any]) -> None:
