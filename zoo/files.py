@@ -42,6 +42,11 @@ class Home:
         return self.root / "models" / "runs"
 
     @property
+    def bundles(self) -> Path:
+        """Return the folder of the bundles, what is deployed."""
+        return self.root / "models" / "bundles"
+
+    @property
     def locks(self) -> Path:
         """Return the folder of the locks that keep two processes from training one run."""
         return self.root / "models" / ".locks"

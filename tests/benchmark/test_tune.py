@@ -504,7 +504,7 @@ def start(root, *words, **options):
     )
 
 
-TRIALS = 40  # more than one process ends before the other has started
+TRIALS = 30  # more than one process ends before the other has started
 
 
 @pytest.fixture
