@@ -103,10 +103,18 @@ class Live:
             return heard(sock)
 
     def rss_mib(self) -> float:
-        return _status(self.process.pid, "VmRSS")
+        """The resident memory of the server and its decoders."""
+        import psutil
+
+        tree = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        return sum(each.memory_info().rss for each in tree) / (1 << 20)
 
     def peak_mib(self) -> float:
-        return _status(self.process.pid, "VmHWM")
+        """The most that any one of them ever had, summed."""
+        import psutil
+
+        tree = [self.process.pid, *(each.pid for each in psutil.Process(self.process.pid).children(recursive=True))]
+        return sum(_status(each, "VmHWM") for each in tree)
 
     def stop(self, how: int = signal.SIGTERM) -> int:
         if self.process.poll() is None:
