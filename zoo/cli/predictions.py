@@ -57,6 +57,8 @@ def predict(
     from zoo.cli.screen import bars
     from zoo.deployment.predictor import Predictor
 
+    if not paths and paths_from is None:
+        raise typer.BadParameter("give images: PATH..., or --paths-from FILE")
     sources = _sources(paths or [], paths_from)
     form = _form(json, csv, output)
     predictor = Predictor.load(model, device=device, threads=threads)
@@ -180,12 +182,18 @@ def _table_row(found: Prediction) -> list[str]:
 
 
 def _print_rows(rows: list[list[str]]) -> None:
+    """Print the table; the folder that all images lie in stands above it, not in every row."""
+    import os
+
     from zoo.cli.screen import print_table
 
+    folders = [os.path.dirname(row[0]) for row in rows]  # noqa: PTH120
+    shared = os.path.commonpath(folders) if folders and all(folders) and len({each[0] for each in folders}) == 1 else ""
     print_table(
-        ["path", "label", "calibrated scores", "one of", "human"],
-        rows,
-        folded=("path", "label", "calibrated scores", "one of"),
+        ["image", "label", "calibrated scores", "one of", "human"],
+        [[os.path.relpath(row[0], shared) if shared else row[0], *row[1:]] for row in rows],
+        title=f"images in {shared}" if shared else "",
+        folded=("image", "label", "calibrated scores", "one of"),
     )
 
 

@@ -69,10 +69,9 @@ class Prediction:
             "prediction_set": list(self.prediction_set),
             "refer": self.refer,
             "refer_reason": self.refer_reason,
+            "operating_points": self.points,
             "error": self.error,
         }
-        if self.points is not None:
-            found["operating_points"] = self.points
         return {**found, "explanation": self.explanation} if explained else found
 
 
