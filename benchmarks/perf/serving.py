@@ -93,7 +93,7 @@ def make_bundle(model: str, folder: Path) -> str:
 
 def alone(task: dict[str, Any]) -> dict[str, float]:
     """Return images per second of the predictor by batch size, each for `seconds`."""
-    from zoo.deployment.server.served import Predictor
+    from zoo.deployment.predictor import Predictor
 
     predictor = Predictor.load(task["bundle"])
     images = photos(IMAGES)

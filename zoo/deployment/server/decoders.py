@@ -1,7 +1,7 @@
 """Processes that check and decode what strangers send: a decoder that crashes, hangs or grows takes no server with it.
 
-GDCM ends the whole process on some damaged DICOMs. Each process is bounded in memory, writes no file, dumps no core, and
-answers in plain bytes that nobody unpickles.
+GDCM ends the whole process on some damaged DICOMs. Each process is bounded in memory, writes no file, dumps no core,
+and answers in plain bytes that nobody unpickles.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from zoo.data.decode import MAX_ASPECT, BadImage, decode, resize
-from zoo.data.window import windowing_of
+from zoo.data.decode import MAX_ASPECT, BadImage
+from zoo.deployment.predictor import prepare
 from zoo.deployment.server.limits import HEAVY_PIXELS, Refused, check_image, refused_image
 from zoo.runs import Preprocessing
 
@@ -127,12 +127,6 @@ def _read(stream: Any, count: int, end: float) -> bytearray:
 # In the process itself ------------------------------------------------------------------------------------------
 
 
-def prepare(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> Pixels:
-    """Return an image as its predictor's `prepare` does; raises BadImage."""
-    decoded = decode(data, windowing_of(preprocessing), max_pixels=max_pixels)
-    return resize(decoded, preprocessing.resize_size, preprocessing.interpolation)
-
-
 def work(max_pixels: int) -> None:
     """Answer one image after the other until standard input ends."""
     for each in (signal.SIGINT, signal.SIGTERM):  # sent to all of a group; the end of the server is the end of input
@@ -157,15 +151,16 @@ def _answer(given: BinaryIO, data: bytes, preprocessing: Preprocessing, max_pixe
             given.write(_TOLD.pack(b"H", 0, 0))
             return
         pixels = prepare(data, preprocessing, max_pixels)
-        given.write(_TOLD.pack(b"P", *pixels.shape[:2]))
-        given.write(np.ascontiguousarray(pixels).data)
-        return
     except Refused as refused:
         told = refused
     except BadImage as bad:
         told = refused_image(bad)
     except MemoryError:
         told = Refused(413, "too large")
+    else:
+        given.write(_TOLD.pack(b"P", *pixels.shape[:2]))
+        given.write(np.ascontiguousarray(pixels).data)
+        return
     reason = told.reason.encode()[:_MOST_REASON]
     given.write(_TOLD.pack(b"E", told.status, len(reason)) + reason)
 

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from zoo.deployment.answers import heat_of
 from zoo.deployment.server.decoders import Decoder, Heavy
 from zoo.deployment.server.limits import ClientGone, Limits, Refused, busy
 from zoo.deployment.server.metrics import Metrics
+from zoo.errors import ZooError, one_line
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -65,8 +67,8 @@ class WorkQueue:
     """Bounded: what does not fit is refused at once with 503, so that those in it are answered in time.
 
     An image is checked and decoded by one of a few processes, a thread beside each; big ones by a process of their own,
-    one after the other. The network runs in one thread: whatever waits when it is free is computed together, up to `batch_images` of a
-    model, without waiting for more.
+    one after the other. The network runs in one thread: whatever waits when it is free is computed together, up to
+    `batch_images` of a model, without waiting for more.
     """
 
     def __init__(self, models: Mapping[str, Predicts], limits: Limits, metrics: Metrics, decoders: int) -> None:
@@ -201,17 +203,21 @@ class WorkQueue:
             return batch
 
     def _run(self, jobs: list[_Job]) -> None:
+        """Fill in the outcomes of a batch; where it fails, of each image alone, so that one spoils no other's."""
         try:
             predictor = self.models[jobs[0].model]
-            logits, heats = predictor.logits([job.pixels for job in jobs if job.pixels is not None])
-            for place, (job, answer) in enumerate(zip(jobs, predictor.answers(logits), strict=True)):
-                job.outcome.answer = answer
-                if heats is not None:
-                    label = predictor.classes.index(answer.label)
-                    job.outcome.heat = heats[place, label].copy()
+            logits, maps = predictor.logits([job.pixels for job in jobs if job.pixels is not None])
+            answers = predictor.answers(logits)
+            heats = None if maps is None else heat_of(maps, [predictor.classes.index(each.label) for each in answers])
+            for place, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
+                job.outcome.answer, job.outcome.heat = answer, None if heats is None else heats[place]
         except Exception as error:
-            for job in jobs:
-                job.outcome.refused = _broken(error)
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._run([job])
+                return
+            reason = Refused(422, one_line(error)) if isinstance(error, ZooError) else _broken(error)
+            jobs[0].outcome.refused = reason
 
     def _settle(self, jobs: list[_Job]) -> None:
         assert self._loop is not None
