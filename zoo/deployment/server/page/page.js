@@ -134,30 +134,30 @@ function paintMap(values) {
   return small;
 }
 
-/** The network sees the centre of the image: a square of this part of the shorter side. */
-function seenPart() {
-  const part = state.facts?.crop_pct;
-  return typeof part === "number" && part > 0 && part <= 1 ? part : 1;
+/** Return which part of the upright image the map covers: left, top, right, bottom in [0, 1]. */
+function boxOf(entry) {
+  const box = entry?.prediction?.activation_box;
+  return Array.isArray(box) && box.length === 4 && box.every(Number.isFinite) ? box : [0, 0, 1, 1];
 }
 
 function drawMap() {
-  const stage = $("stage"), canvas = $("map"), entry = state.current, values = entry?.prediction?.activation_map;
-  const side = stage.clientWidth, dots = Math.min(3, window.devicePixelRatio || 1);
-  canvas.width = canvas.height = Math.round(side * dots);
+  const canvas = $("map"), entry = state.current, values = entry?.prediction?.activation_map;
+  const dots = Math.min(3, window.devicePixelRatio || 1);
+  canvas.width = canvas.height = Math.round($("stage").clientWidth * dots);
   if (!values?.length || !$("shown").checked) return;
-  const context = canvas.getContext("2d");
-  const width = entry.width || 1, height = entry.height || 1, scale = canvas.width / Math.max(width, height);
-  const seen = Math.min(width, height) * scale * seenPart(), x = (canvas.width - seen) / 2, y = (canvas.height - seen) / 2;
+  const context = canvas.getContext("2d"), [left, top, right, bottom] = boxOf(entry);
+  // Of an image that is not shown, the size is not known: its map is drawn over the whole square.
+  const [width, height] = entry.width ? [entry.width, entry.height] : [1 / (right - left), 1 / (bottom - top)];
+  const scale = canvas.width / Math.max(width, height);
+  const x = (canvas.width - width * scale) / 2 + left * width * scale, y = (canvas.height - height * scale) / 2 + top * height * scale;
+  const wide = (right - left) * width * scale, high = (bottom - top) * height * scale;
   context.imageSmoothingQuality = "high";
   context.globalAlpha = Number($("strength").value) / 100;
-  context.drawImage(paintMap(values), x, y, seen, seen);
-  if (seen < width * scale - 1 || seen < height * scale - 1) {
-    context.globalAlpha = 0.7;
-    context.strokeStyle = "#fff";
-    context.lineWidth = dots;
-    context.setLineDash([5 * dots, 4 * dots]);
-    context.strokeRect(x + dots / 2, y + dots / 2, seen - dots, seen - dots);
-  }
+  context.drawImage(paintMap(values), x, y, wide, high);
+  if (left <= 0.001 && top <= 0.001 && right >= 0.999 && bottom >= 0.999) return;
+  Object.assign(context, { globalAlpha: 0.7, strokeStyle: "#fff", lineWidth: dots });
+  context.setLineDash([5 * dots, 4 * dots]);
+  context.strokeRect(x + dots / 2, y + dots / 2, wide - dots, high - dots);
 }
 
 function showPicture(entry) {
@@ -175,7 +175,7 @@ function showPicture(entry) {
 function showMapState(entry) {
   const has = Boolean(entry?.prediction?.activation_map?.length);
   $("looking").disabled = !has;
-  const cut = seenPart() < 1 || (entry?.width && entry.width !== entry.height);
+  const cut = boxOf(entry).some((edge, place) => Math.abs(edge - (place > 1)) > 0.001);
   $("looking-text").textContent = has
     ? `What spoke for the answer, brightest where most. It explains the network, not the patient or the object.${cut ? " Dashed: the part that the network sees." : ""}`
     : state.facts && !state.facts.explains ? "This model gives no map." : "Shown with an answer, where the model gives a map.";
