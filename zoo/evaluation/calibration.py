@@ -299,6 +299,20 @@ def operating_points(
     `at` outside (0, 1).
     """
     _check_pair(val, test, classes, negative_class)
+    found, negative = operating_thresholds(val, classes, negative_class, at), negative_index(classes, negative_class)
+    if found is None or negative is None:
+        return None
+    return {name: {**point, **_on_test(test, negative, point["threshold"])} for name, point in found.items()}
+
+
+def operating_thresholds(
+    val: Predictions, classes: list[str], negative_class: str | None = None, at: float = 0.95
+) -> dict[str, Any] | None:
+    """Return the thresholds of `operating_points` with what they give on val, without a look at test.
+
+    Each: `asked`, `threshold`, `val_sensitivity`, `val_specificity`. None and ZooError as `operating_points`.
+    """
+    check_predictions(val, classes, negative_class)
     if not 0 < at < 1:
         raise ZooError(f"the sensitivity or specificity asked must lie in (0, 1). Got {at}; ask for 0.95, say")
     negative = negative_index(classes, negative_class)
@@ -318,7 +332,6 @@ def operating_points(
             "threshold": float(cuts[cut]),
             "val_sensitivity": float(sensitivity[cut]),
             "val_specificity": float(specificity[cut]),
-            **_on_test(test, negative, float(cuts[cut])),
         }
         for name, cut in chosen.items()
     }
