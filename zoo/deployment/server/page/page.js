@@ -103,7 +103,7 @@ function setWords(prediction) {
   if (conformal.quantile === null) return ["No class can be ruled out: validation was too small.", cover];
   if (set.length === 0) return ["No class fits: the image is unlike those of validation.", cover];
   if (set.length === 1) return [`Only ${set[0]}.`, cover];
-  return [set.length === classes.length ? `Any class: ${listed(set)}.` : `${listed(set)}.`, cover];
+  return [set.length === classes.length ? `Any class: ${listed(set)}.` : `One of ${listed(set)}.`, cover];
 }
 
 function referWords(prediction) {
@@ -128,7 +128,7 @@ function paintMap(values) {
   const pixels = context.createImageData(small.width, small.height);
   values.flat().forEach((value, index) => {
     const known = Number.isFinite(value) ? value : 0;
-    pixels.data.set([...colour(known), 255 * Math.sqrt(Math.min(1, Math.max(0, known)))], 4 * index);
+    pixels.data.set([...colour(known), 255 * Math.min(1, Math.max(0, known)) ** 0.7], 4 * index);
   });
   context.putImageData(pixels, 0, 0);
   return small;
@@ -172,12 +172,21 @@ function showPicture(entry) {
   $("placeholder-text").textContent = entry.address ? "" : `${entry.kind} images are read by the server, but this browser cannot show them.`;
 }
 
+/** Return in words where a map is brightest, for those who do not see it. */
+function brightest(values) {
+  const flat = values.flat(), place = flat.indexOf(Math.max(...flat)), wide = values[0].length;
+  const third = (part, names) => names[Math.min(2, Math.floor(3 * part))];
+  const row = third((Math.floor(place / wide) + 0.5) / values.length, ["at the top", "in the middle", "at the bottom"]);
+  const column = third(((place % wide) + 0.5) / wide, [", left", "", ", right"]);
+  return `${row}${column}`;
+}
+
 function showMapState(entry) {
   const has = Boolean(entry?.prediction?.activation_map?.length);
   $("looking").disabled = !has;
   const cut = boxOf(entry).some((edge, place) => Math.abs(edge - (place > 1)) > 0.001);
   $("looking-text").textContent = has
-    ? `What spoke for the answer, brightest where most. It explains the network, not the patient or the object.${cut ? " Dashed: the part that the network sees." : ""}`
+    ? `What spoke for ${entry.prediction.label}: most of it ${brightest(entry.prediction.activation_map)} of the picture${cut ? ", dashed the part that the network sees" : ""}. It explains the network, not what is in the image.`
     : state.facts && !state.facts.explains ? "This model gives no map." : "Shown with an answer, where the model gives a map.";
   drawMap();
 }
