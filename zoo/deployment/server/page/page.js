@@ -103,7 +103,7 @@ function setWords(prediction) {
   if (conformal.quantile === null) return ["No class can be ruled out: validation was too small.", cover];
   if (set.length === 0) return ["No class fits: the image is unlike those of validation.", cover];
   if (set.length === 1) return [`Only ${set[0]}.`, cover];
-  return [set.length === classes.length ? `Any class: ${listed(set)}.` : `One of ${listed(set)}.`, cover];
+  return [set.length === classes.length ? `Any class: ${listed(set)}.` : `${set.length === 2 ? "Either" : "One of"} ${listed(set)}.`, cover];
 }
 
 function referWords(prediction) {
