@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -233,9 +234,9 @@ HOSTILE = "<img src=x onerror=alert(1)>|`x`\n# head **b** [a](javascript:1) \x1b
 def test_foreign_names_and_texts_are_no_markup() -> None:
     record = _record(name=HOSTILE, dataset=HOSTILE, classes=[HOSTILE, "b", "c"], model=HOSTILE, negative_class=HOSTILE)
     per_class = {"per_class": {HOSTILE: {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 3}}}
-    fields: dict[str, Any] = {
-        name: HOSTILE for name in ("dataset", "summary", "licence", "source", "note", "group_rule", "weights_licence")
-    }
+    fields: dict[str, Any] = dict.fromkeys(
+        ("dataset", "summary", "licence", "source", "note", "group_rule", "weights_licence"), HOSTILE
+    )
     fields |= {name: [HOSTILE] for name in ("faults", "leaks", "intended_use", "limits")}
     fields |= {"training": {HOSTILE: {HOSTILE: [HOSTILE]}}, "versions": {HOSTILE: HOSTILE}}
     fields |= {"floors": [{"name": HOSTILE, "val_top1": 0.5}], "val": {**VAL, **per_class}}
@@ -250,7 +251,7 @@ def test_foreign_names_and_texts_are_no_markup() -> None:
     assert "\n# head" not in text
     rows = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("|")]
     assert rows
-    for line, after in zip(rows, rows[1:], strict=False):
+    for line, after in itertools.pairwise(rows):
         if set(after) <= set("| -"):
             assert line.count("|") == after.count("|")
 
