@@ -140,8 +140,11 @@ def _data(record: BundleRecord, facts: CardFacts) -> list[str]:
 
 def _audit(facts: CardFacts) -> str:
     accepted = "; it was trained with leaks accepted" if facts.leaks_accepted else ""
-    state = {True: "no leak between the splits was found", False: "**leaks between the splits were found**"}
-    return state.get(facts.audit_ok, "not made for this card") + accepted  # type: ignore[call-overload, no-any-return]
+    if facts.audit_ok is None:
+        return "not made for this card" + accepted
+    return (
+        "no leak between the splits was found" if facts.audit_ok else "**leaks between the splits were found**"
+    ) + accepted
 
 
 def _scores(record: BundleRecord, facts: CardFacts, val: Scores, test: Scores | None) -> list[str]:
