@@ -30,10 +30,17 @@ ARGUMENTS = [
 
 # Noted before any script of the page runs: what the policy stopped, what moved, and which addresses of blobs are held.
 WATCH = """
-window.noted = { stopped: [], moved: 0, blobs: new Set() };
-document.addEventListener("securitypolicyviolation", (event) => noted.stopped.push(event.violatedDirective + " " + event.blockedURI));
+window.noted = { stopped: [], moved: 0, blobs: new Set(), sent: [] };
+document.addEventListener("securitypolicyviolation", (event) => {
+  noted.stopped.push(`${event.violatedDirective} ${event.blockedURI}`);
+});
 new PerformanceObserver((list) => list.getEntries().forEach((each) => { noted.moved += each.value; }))
   .observe({ type: "layout-shift", buffered: true });
+const fetched = window.fetch;
+window.fetch = (address, how) => {
+  for (const [field, value] of how?.body?.entries?.() ?? []) noted.sent.push([field, value.name, value.size]);
+  return fetched(address, how);
+};
 const make = URL.createObjectURL, drop = URL.revokeObjectURL;
 URL.createObjectURL = (blob) => { const made = make.call(URL, blob); noted.blobs.add(made); return made; };
 URL.revokeObjectURL = (address) => { noted.blobs.delete(address); drop.call(URL, address); };

@@ -144,7 +144,8 @@ function drawMap() {
   const canvas = $("map"), entry = state.current, values = entry?.prediction?.activation_map;
   const dots = Math.min(3, window.devicePixelRatio || 1);
   canvas.width = canvas.height = Math.round($("stage").clientWidth * dots);
-  if (!values?.length || !$("shown").checked) return;
+  const strength = Number($("strength").value) / 100;
+  if (!values?.length || !$("shown").checked || !strength) return;
   const context = canvas.getContext("2d"), [left, top, right, bottom] = boxOf(entry);
   // Of an image that is not shown, the size is not known: its map is drawn over the whole square.
   const [width, height] = entry.width ? [entry.width, entry.height] : [1 / (right - left), 1 / (bottom - top)];
@@ -152,7 +153,7 @@ function drawMap() {
   const x = (canvas.width - width * scale) / 2 + left * width * scale, y = (canvas.height - height * scale) / 2 + top * height * scale;
   const wide = (right - left) * width * scale, high = (bottom - top) * height * scale;
   context.imageSmoothingQuality = "high";
-  context.globalAlpha = Number($("strength").value) / 100;
+  context.globalAlpha = strength;
   context.drawImage(paintMap(values), x, y, wide, high);
   if (left <= 0.001 && top <= 0.001 && right >= 0.999 && bottom >= 0.999) return;
   Object.assign(context, { globalAlpha: 0.7, strokeStyle: "#fff", lineWidth: dots });
@@ -164,7 +165,6 @@ function showPicture(entry) {
   const picture = $("picture"), held = document.activeElement === $("drop");
   $("drop").hidden = true;
   if (held) $("choose").focus();
-  $("choose").textContent = "Choose other images";
   picture.hidden = !entry.address;
   if (entry.address) picture.src = entry.address; else picture.removeAttribute("src");
   picture.alt = `Image ${entry.serial}, as you gave it`;
@@ -352,7 +352,6 @@ function clear() {
   $("picture").removeAttribute("src");
   $("picture").hidden = $("placeholder").hidden = true;
   $("drop").hidden = false;
-  $("choose").textContent = "Choose images";
   $("again").hidden = $("stop").hidden = true;
   verdict("idle", "No image yet", "Drop, choose or paste an image.");
   showScores(null);
@@ -420,6 +419,7 @@ async function start() {
     verdict("error", "Not ready", error instanceof Refused ? error.message : "The server's answer cannot be read.");
     $("again").hidden = false;
   }
+  document.body.classList.remove("loading");
 }
 
 $("model").addEventListener("change", async (event) => {
