@@ -65,13 +65,17 @@ _WHY = {
 
 @dataclass
 class State:
-    """What the server is doing: whether it may be sent work, how many requests are unanswered, and its parts."""
+    """What the server is doing: whether it may be sent work, and what of it is not done yet.
+
+    in_flight: requests for a prediction from their head to their answer. unanswered: of those, cut off at the end.
+    """
 
     metrics: Metrics = field(default_factory=Metrics)
     ready: bool = False
     stopping: bool = False
     broken: str | None = None
     in_flight: int = 0
+    unanswered: int = 0
 
     def check(self) -> None:
         """Raise Refused 503 unless new work may come."""
@@ -248,6 +252,9 @@ def _add_predict(
                     gone.cancel()
                     del images
             return _answer(name, outcomes, queue.models[name], facts[name], explain, state.metrics)
+        except asyncio.CancelledError:
+            state.unanswered += 1
+            raise
         finally:
             state.in_flight -= 1
 

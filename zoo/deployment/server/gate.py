@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -130,6 +131,9 @@ class Gate:
             await send_refused(refused, answer)
         except ClientGone:
             status = status or 499
+        except asyncio.CancelledError:  # the server's grace at the end is over
+            if not status:
+                await send_refused(Refused(503, "stopping", {"Retry-After": "5", "Connection": "close"}), answer)
         except Exception as error:
             log_broken(error)
             if status:

@@ -89,7 +89,7 @@ def serve(app: Any, sock: socket.socket, limits: Limits, started: Callable[[], N
     server.run(sockets=[sock])
     if state.broken is not None:
         raise ZooError(f"a model fails on a blank image ({state.broken}); export it again")
-    return state.in_flight
+    return state.unanswered
 
 
 class _Server(uvicorn.Server):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from zoo.data.decode import BadImage
-from zoo.deployment.server.limits import HEAVY_PIXELS, Limits, Refused, busy, check_image, refused_image
+from zoo.deployment.server.limits import HEAVY_PIXELS, ClientGone, Limits, Refused, busy, check_image, refused_image
 from zoo.deployment.server.metrics import Metrics
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -104,7 +104,7 @@ class WorkQueue:
     async def predict(self, model: str, images: Sequence[bytes], gone: asyncio.Future[Any]) -> list[Outcome]:
         """Return an outcome per image; `gone` ends when the client left, and then nothing more is computed for it.
 
-        Raises Refused 503 where the queue is full or the deadline passed, asyncio.CancelledError where the client left.
+        Raises Refused 503 where the queue is full or the deadline passed, ClientGone where the client left.
         """
         self.check_room(len(images))
         assert self._loop is not None
@@ -116,7 +116,7 @@ class WorkQueue:
             await asyncio.wait((request.done, gone), timeout=self.limits.deadline_s, return_when="FIRST_COMPLETED")
             if not request.done.done():
                 if gone.done():
-                    raise asyncio.CancelledError
+                    raise ClientGone
                 raise busy(self.images / 2 * self._image_s, "busy: no answer in time; try again")
         finally:
             request.gone = True
