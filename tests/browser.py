@@ -62,10 +62,15 @@ def chromium_path() -> str:
 def serving(home: Path, *words: str, **environment: str) -> Iterator[str]:
     """Run `zoo serve` with these words at a free port; yield its address, and stop it by SIGTERM."""
     command = [sys.executable, "-m", "zoo", "serve", *words, "--port", "0", "--json", "--home", str(home)]
+    with listening(command, {**os.environ, **environment}) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def listening(command: list[str], environment: dict[str, str]) -> Iterator[str]:
+    """Run a command that says its address as JSON; yield that, and stop it by SIGTERM."""
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **environment}
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         try:
             yield _address(process, log)
         finally:
