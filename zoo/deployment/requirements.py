@@ -1,4 +1,4 @@
-"""What some extras of the installed package ask for, one requirement a line: `python -m zoo.deployment.requirements EXTRA...`.
+"""What some extras of the installed package ask for: `python -m zoo.deployment.requirements EXTRA...`, one a line.
 
 For machines without torch: `pip install --no-deps` of the wheel, then these. Needs nothing but Python.
 """
