@@ -197,7 +197,7 @@ async def ask(task: dict[str, Any]) -> dict[str, Any]:
             load.left -= 1
     await asyncio.wait_for(load.over.wait(), task["seconds"] + 120)
     wall, cpu = time.perf_counter() - started, sum(os.times()[:2])
-    good = sum(count for status, count in load.statuses.items() if status == "200" or status[0] == "4" or status == "503")
+    good = sum(count for status, count in load.statuses.items() if status in ("200", "503") or status[0] == "4")
     p50, p99 = np.percentile(load.seconds or [0.0], (50, 99)) * 1000
     return {
         "images_per_s": load.statuses["200"] / wall,
@@ -317,16 +317,16 @@ def main() -> None:
         print(json.dumps(found))
         return
     print(
-        f"{'network':24} {'images/s':>9} {'predictor':>10} {'ratio':>6} {'p50 ms':>7} {'p99 ms':>7} {'clients use':>12} "
-        "crowd"
+        f"{'network':24} {'images/s':>9} {'predictor':>10} {'ratio':>6} {'p50 ms':>7} {'p99 ms':>7} "
+        f"{'clients use':>12} crowd"
     )
 
     def report(row: dict[str, Any]) -> None:
         crowd = row["crowd"]
         said = f"{crowd['statuses']}, {crowd['bad']} bad, p99 {crowd['latency_p99_ms']:.0f} ms" if crowd else "-"
         print(
-            f"{row['model'][:24]:24} {row['images_per_s']:9.1f} {row['predictor_images_per_s']:10.1f} {row['ratio']:6.3f} "
-            f"{row['latency_p50_ms']:7.1f} {row['latency_p99_ms']:7.1f} {row['client_cores']:6.2f} cores {said}",
+            f"{row['model'][:24]:24} {row['images_per_s']:9.1f} {row['predictor_images_per_s']:10.1f} "
+            f"{row['ratio']:6.3f} {row['latency_p50_ms']:7.1f} {row['latency_p99_ms']:7.1f} {row['client_cores']:6.2f} cores {said}",
             flush=True,
         )
 

@@ -135,6 +135,26 @@ def heard(sock: socket.socket, seconds: float = 1.0) -> bytes:
     return found
 
 
+def answer_in(data: bytes) -> tuple[int, bytes] | None:
+    """Return the status and the head of an answer that has come whole, None of one that has not."""
+    head, found, body = data.partition(b"\r\n\r\n")
+    if not found:
+        return None
+    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    return (int(head[9:12]), head) if len(body) >= length else None
+
+
+def status_from(sock: socket.socket) -> int:
+    """Wait for a whole answer and return its status; 0 where the connection closes before."""
+    found = b""
+    while (answer := answer_in(found)) is None:
+        piece = sock.recv(65536)
+        if not piece:
+            return 0
+        found += piece
+    return answer[0]
+
+
 def form(parts: list[tuple[str, str, bytes]], boundary: str = "xxBOUNDARYxx") -> tuple[bytes, str]:
     """Return body and Content-Type of a form of files: field, name, bytes of each."""
     body = b""

@@ -42,7 +42,7 @@ class TimedProtocol(H11Protocol):
     @property
     def is_waiting(self) -> bool:
         """Whether there is nothing to answer yet."""
-        return self.conn.their_state is h11.IDLE and self.transport is not None
+        return self.conn.their_state is h11.IDLE and not self.transport.is_closing()
 
     def data_received(self, data: bytes) -> None:
         """Count what came since the request, or its body, began."""
