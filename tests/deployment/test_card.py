@@ -155,7 +155,7 @@ def _facts(**changes: Any) -> CardFacts:
         "3.1e-06, relative 6.5e-07",
         "Change of top1: -0.004 [-0.057, +0.012], margin 0.010",
         "shorter side is resized to 109 (bilinear); window lung",
-        "- train\\_s: 41.26",
+        "- train_s: 41.26",
         "- began from: source carried",
         "Weights that training began from: Apache-2.0",
         "Data: CC0-1.0",
@@ -186,7 +186,7 @@ def test_a_card_says_the_numbers_of_its_record_and_facts(said: str) -> None:
         ({}, {"weights_licence": ""}, f"training began from: {MISSING}", "Apache"),
         ({}, {"splits": {}}, f"Images and groups of each split: {MISSING}", "882"),
         ({}, {"looks_at_test": 1}, "Limits", "scored 1 times"),
-        ({}, {"val": {**VAL, "n_groups": 12}}, "validation has only 12 groups", None),
+        ({}, {"val": {**VAL, "n_groups": 12}}, "Validation has only 12 groups", None),
         ({}, {"val": {**VAL, "n": 5000}, "test": {**VAL, "n": 5000}}, "Limits", "small differences"),
         ({"parity": {}}, {}, f"Gate: {MISSING}", "harmful"),
         (
@@ -257,5 +257,5 @@ def test_foreign_names_and_texts_are_no_markup() -> None:
 
 
 def test_an_escaped_text_keeps_its_words() -> None:
-    assert plain("T_1 & 50 %") == "T\\_1 \\& 50 %"
+    assert plain("T_1 & _50_ %") == "T_1 \\& \\_50\\_ %"
     assert len(plain("x" * 10_000)) <= 500

@@ -235,7 +235,12 @@ def show(
         return
     out = console()
     if found["kind"] == "bundle":
-        out.print(found["card"], markup=False, highlight=False, soft_wrap=True)
+        from rich.markdown import Markdown
+
+        if out.is_terminal:
+            out.print(Markdown(found["card"], hyperlinks=False))
+        else:
+            typer.echo(found["card"])
         return
     for key, value in found.items():
         text = to_json(value, indent=2) if isinstance(value, (dict, list)) else _cell(value)

@@ -16,7 +16,7 @@ from zoo.errors import one_line
 
 MISSING = "not known"
 FEW_GROUPS, FEW_IMAGES = 20, 300
-_MARKS = re.compile(r"([\\`*_{}\[\]<>#|~!&$])")
+_MARKS = re.compile(r"([\\`*{}\[\]<>#|~!&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")  # within a word, _ means nothing
 _METRICS = {
     "top1": "accuracy",
     "balanced_accuracy": "balanced accuracy",
@@ -34,6 +34,8 @@ _POINTS = {
     "specificity_at_sensitivity": "most specific at a sensitivity of",
 }
 _CONFUSED = 12  # classes up to which the confusion matrix is shown
+
+_COUNTS = (("images", "n"), ("groups", "n_groups"))
 
 Scores = Mapping[str, Any]
 
@@ -103,7 +105,7 @@ def _data_limits(record: BundleRecord, facts: CardFacts, val: Scores, test: Scor
         found.append("Whether the splits leak was not looked at for this card.")
     if not test:
         found.append("It was not scored on test: validation chose its weights and rules, so its scores flatter it.")
-    for split, scores in (("validation", val), ("test", test or {})):
+    for split, scores in (("Validation", val), ("Test", test or {})):
         groups, images = scores.get("n_groups"), scores.get("n")
         if groups is not None and images is not None and groups < min(FEW_GROUPS, images):
             found.append(f"{split} has only {groups} groups: intervals of so few are rather too narrow.")
@@ -154,11 +156,11 @@ def _scores(record: BundleRecord, facts: CardFacts, val: Scores, test: Scores | 
     lines.append(
         "In brackets: intervals of 95 %. Validation: of the artefact itself. Test: of the run that it was made from."
     )
-    shown = [name for name in _METRICS if name in val or name in (test or {})]
-    rows = [[_METRICS[name], _score(val, name), _score(test, name)] for name in shown]
-    counts = [["images", _cell(val.get("n")), _cell((test or {}).get("n"))]]
-    counts += [["groups", _cell(val.get("n_groups")), _cell((test or {}).get("n_groups"))]]
-    lines += ["", *_table(["", "validation", "test"], [*counts, *rows])]
+    columns = {"validation": val, **({"test": test} if test else {})}
+    shown = [name for name in _METRICS if any(name in each for each in columns.values())]
+    counts = [[name, *(_cell(each.get(key)) for each in columns.values())] for name, key in _COUNTS]
+    rows = [[_METRICS[name], *(_score(each, name) for each in columns.values())] for name in shown]
+    lines += ["", *_table(["", *columns], [*counts, *rows])]
     if not test:
         lines += ["", "It was not scored on test."]
     lines += ["", *_floors(facts)]
