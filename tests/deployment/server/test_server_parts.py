@@ -51,14 +51,14 @@ def test_a_decoder_refuses_and_goes_on(decoder, picture):
         with pytest.raises(Refused) as refused:
             decoder.prepare(data, PLAIN)
         assert refused.value.status == status
-    assert decoder.prepare(picture(), PLAIN).shape == (37, 40, 3)
+    assert decoder.prepare(picture(), PLAIN).shape == (36, 39, 3)
 
 
 def test_a_big_image_waits_for_a_decoder_of_its_own(decoder):
     data = huge_png(2900)
     with pytest.raises(Heavy):
         decoder.prepare(data, PLAIN)
-    assert decoder.prepare(data, PLAIN, heavy=True).shape == (37, 37, 3)
+    assert decoder.prepare(data, PLAIN, heavy=True).shape == (36, 36, 3)
 
 
 def test_a_decoder_is_bounded(decoder, picture):
@@ -80,14 +80,14 @@ def test_a_decoder_that_dies_or_hangs_is_replaced(picture):
             decoder.prepare(picture(), PLAIN)
         assert decoder._process is None
         decoder.seconds = 60
-        assert decoder.prepare(picture(), PLAIN).shape == (37, 40, 3)
+        assert decoder.prepare(picture(), PLAIN).shape == (36, 39, 3)
         os.kill(decoder._process.pid, signal.SIGSTOP)
         killer = threading.Timer(0.5, os.kill, (decoder._process.pid, signal.SIGKILL))
         killer.start()
         with pytest.raises(Refused, match="unreadable: its decoder gave up"):
             decoder.prepare(picture(), PLAIN)
         killer.join()
-        assert decoder.prepare(picture(), PLAIN).shape == (37, 40, 3)
+        assert decoder.prepare(picture(), PLAIN).shape == (36, 39, 3)
     finally:
         decoder.stop()
 
