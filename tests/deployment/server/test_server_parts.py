@@ -18,6 +18,7 @@ from zoo.deployment.predictor import prepare
 from zoo.deployment.server.decoders import Decoder, Heavy
 from zoo.deployment.server.gate import Hosts
 from zoo.deployment.server.limits import Body, Held, Limits, Refused, busy, check_image, content_type_of
+from zoo.deployment.server.queue import _Pace
 from zoo.deployment.server.uploads import images_of
 from zoo.runs import Preprocessing
 
@@ -232,3 +233,12 @@ def test_a_named_host_is_admitted_whatever_its_case():
     assert Hosts.of(True, ["Zoo.Example."]).admit("zoo.example:9")
     assert not Hosts.of(True).admit("10.0.0.1")
     assert Hosts.of(False).admit("10.0.0.1:9") and Hosts.of(False).admit("[fe80::1]")
+
+
+def test_the_more_are_sent_away_the_later_they_are_told_to_come():
+    few, many = _Pace(), _Pace()
+    few_s = [few.come_again_s(64) for _ in range(3)]
+    many_s = [many.come_again_s(64) for _ in range(500)]
+    assert max(few_s) < np.median(many_s)
+    assert len({round(each, 3) for each in many_s}) > 400  # and not all at the same time
+    assert max(many_s) < 1.5 * (32 + 500) * many.image_s

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 import threading
 import time
 from collections import deque
@@ -21,6 +23,8 @@ from zoo.errors import ZooError, one_line
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+_AWAY_S = 3.0  # for so long whoever was sent away counts as waiting
 
 
 class Predicts(Protocol):
@@ -63,6 +67,31 @@ class _Job:
     outcome: Outcome = field(default_factory=Outcome)
 
 
+class _Pace:
+    """How fast images leave the queue, and how many clients were sent away lately: when each should come again.
+
+    Told one and the same second, hundreds would come back together and be sent away together.
+    """
+
+    def __init__(self) -> None:
+        self.image_s, self._away, self._away_at, self._left_at = 0.05, 0.0, 0.0, 0.0
+        self._draw = random.Random(0)
+
+    def note(self, images: int, remaining: int) -> None:
+        """Count images that left, of a queue that had more."""
+        now = time.monotonic()
+        if remaining and self._left_at:
+            self.image_s += 0.05 * (min(10.0, (now - self._left_at) / images) - self.image_s)
+        self._left_at = now if remaining else 0.0
+
+    def come_again_s(self, waiting: int) -> float:
+        """Return the seconds after which a client that is sent away now may find room."""
+        now = time.monotonic()
+        self._away = self._away * math.exp((self._away_at - now) / _AWAY_S) + 1
+        self._away_at = now
+        return (waiting / 2 + self._away) * self.image_s * self._draw.uniform(0.5, 1.5)
+
+
 class WorkQueue:
     """Bounded: what does not fit is refused at once with 503, so that those in it are answered in time.
 
@@ -81,7 +110,7 @@ class WorkQueue:
         self._waiting: deque[_Job] = deque()
         self._awake = threading.Condition()
         self._stopped = False
-        self._image_s = 0.05  # lately, per image
+        self._pace = _Pace()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._compute, name="inference", daemon=True)
 
@@ -103,10 +132,10 @@ class WorkQueue:
             each.stop()
 
     def check_room(self, images: int = 1) -> None:
-        """Raise Refused 503 where so many images have no room; Retry-After is when half of the queue is done."""
+        """Raise Refused 503 where so many images have no room."""
         if self.images + images > self.limits.queue_images:
             self.metrics.full.inc()
-            raise busy(self.images / 2 * self._image_s)
+            raise busy(self._pace.come_again_s(self.images))
 
     async def predict(self, model: str, images: Sequence[bytes], gone: asyncio.Future[Any]) -> list[Outcome]:
         """Return an outcome per image; `gone` ends when the client left, and then nothing more is computed for it.
@@ -124,7 +153,7 @@ class WorkQueue:
             if not request.done.done():
                 if gone.done():
                     raise ClientGone
-                raise busy(self.images / 2 * self._image_s, "busy: no answer in time; try again")
+                raise busy(self._pace.come_again_s(self.images), "busy: no answer in time; try again")
         finally:
             request.gone = True
         return [outcome for outcome in request.outcomes if outcome is not None]
@@ -180,7 +209,6 @@ class WorkQueue:
                 started = time.perf_counter()
                 self._run(wanted)
                 seconds = time.perf_counter() - started
-                self._image_s += 0.1 * (seconds / len(wanted) - self._image_s)
                 self.metrics.batch.observe(len(wanted))
                 self.metrics.inference_seconds.labels(batch[0].model).observe(seconds)
             self._settle(batch)
@@ -229,6 +257,7 @@ class WorkQueue:
     def _finish(self, jobs: list[_Job]) -> None:
         """In the event loop's thread: the only place where an image leaves the queue."""
         self.images -= len(jobs)
+        self._pace.note(len(jobs), self.images)
         for job in jobs:
             request = job.request
             request.outcomes[job.index] = job.outcome
