@@ -1,0 +1,498 @@
+"""How fast bundles are on this machine: each in a process of its own, all of them asked in turns.
+
+What a latency counts: one image that is decoded and resized already (uint8, H x W x 3) is scaled to the network's
+input, runs through the network, and its logits are there; as many views as the bundle's test-time views ask for. What
+decoding and resizing a small picture takes is a number of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from zoo.deployment.bundle import MODEL_FILES, Bundle
+from zoo.deployment.runtime import cores
+from zoo.errors import ZooError, one_line
+from zoo.files import Home, digest_of, read_json, write_json
+from zoo.runs import Run
+from zoo.training.environment import processor
+
+METHOD = 1  # raised where figures of the same bundle would mean something else
+ROUNDS = 10
+WARM_UP = 5  # calls, before all rounds; each turn has one more
+BATCHES = (2, 4, 8, 16, 32, 64)
+GAIN = 1.02  # of images/s; a larger batch that gains less, twice, is the last one tried
+LONGEST_S = 4.0  # one call of a batch that would take longer is not tried
+OPEN_S, ANSWER_S = 180.0, 120.0  # a process that is silent for longer is given up
+EAGER_GIB = 0.7  # what a process with torch needs, or it is not started beside the others
+Progress = Callable[[int, int], None]
+
+
+class Latency(BaseModel):
+    """`models/latency/<bundle>.json`: what was found of one bundle, or of eager torch, in one session of measuring.
+
+    latency_p50_ms, latency_p95_ms, latency_p99_ms: of one image, over `calls` calls. rounds_p50_ms: the median of each
+    round, which tells how steady the machine was. images_per_s: at `best_batch`. decode_ms: decoding and resizing the
+    bundle's sample, median. peak_mib: the most memory of the process while it answers single images, all counted;
+    empty_mib: before it opened anything; peak_batches_mib: with batches of up to `largest_batch`. size_mib: of the
+    model's files. measured_together: the same for all that were asked in turns, and hence comparable. reason: why
+    there is no figure.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    schema_version: int = 1
+    method: int = METHOD
+    name: str
+    run: str
+    digest: str
+    files: dict[str, str] = {}
+    runtime: str | None = None
+    threads: int
+    machine: dict[str, Any]
+    measured_together: str
+    measured_at: str
+    reason: str | None = None
+    latency_p50_ms: float | None = None
+    latency_p95_ms: float | None = None
+    latency_p99_ms: float | None = None
+    calls: int = 0
+    warm_up: int = WARM_UP
+    rounds_p50_ms: list[float] = []
+    views: int = 1
+    images_per_s: float | None = None
+    best_batch: int | None = None
+    largest_batch: int | None = None
+    batches: dict[int, float] = {}
+    decode_ms: float | None = None
+    open_ms: float | None = None
+    peak_mib: float | None = None
+    peak_batches_mib: float | None = None
+    empty_mib: float | None = None
+    size_mib: float | None = None
+    environment: dict[str, Any] = {}
+    eager: Latency | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be measured: a bundle, or a run as eager torch has it."""
+
+    name: str
+    run: str
+    kind: str
+    path: Path
+    digest: str
+    files: dict[str, str]
+    size_bytes: int
+
+
+def subject_of(it: Bundle | Run) -> Subject:
+    """Return a bundle, or a run in eager torch, as something to be measured."""
+    if isinstance(it, Run):
+        digest = digest_of([it.record.weights_sha256, it.record.tta])
+        return Subject(f"{it.name}--eager", it.name, "run", it.path, digest, {}, it.weights_file.stat().st_size)
+    record = it.record
+    files = {name: record.files[name] for name in MODEL_FILES[record.format]}
+    digest = digest_of([files, record.preprocessing.identity, record.tta])
+    return Subject(it.name, record.run, "bundle", it.path, digest, files, it.size_bytes)
+
+
+def latencies(
+    bundles: Sequence[Bundle],
+    root: Home,
+    *,
+    eager: Sequence[Run] = (),
+    threads: int | None = None,
+    seconds: float = 3.0,
+    again: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Latency]:
+    """Return bundle to its figures on this machine: stored ones, where all are of one session, else all measured anew.
+
+    eager: runs that are measured as eager torch beside them. threads: cores of one call, all where left out. seconds:
+    of single calls for each. again: measure in any case. A bundle whose process died has a `reason`. A stored figure
+    holds as long as the model's files, threads, the runtime's version and the machine are the same. Raises ZooError
+    for numbers out of range, or where another process measures in this home.
+    """
+    if threads is not None and not 1 <= threads <= cores():
+        raise ZooError(f"threads must be 1 to {cores()}, the cores of this process. Got {threads}")
+    if not 0 < seconds <= 600:
+        raise ZooError(f"seconds of measuring must be above 0 and at most 600. Got {seconds}; 3 is usual")
+    threads = threads or cores()
+    wanted = [subject_of(each) for each in bundles]
+    beside = {run.name: subject_of(run) for run in eager}
+    if not again:
+        stored = {each.name: _stored(each, beside.get(each.run), root, threads) for each in wanted}
+        found = {name: each for name, each in stored.items() if each is not None}
+        if len(found) == len(wanted) and len({each.measured_together for each in found.values()}) <= 1:
+            return found
+    measured = measure([*wanted, *beside.values()], root, threads=threads, seconds=seconds, progress=progress)
+    for each in wanted:
+        own = measured[each.name]
+        if each.run in beside:
+            own = measured[each.name] = own.model_copy(update={"eager": measured[beside[each.run].name]})
+        if own.reason is None:
+            write_json(root.latency / f"{each.name}.json", own.model_dump(mode="json"))
+    return {each.name: measured[each.name] for each in wanted}
+
+
+def _stored(subject: Subject, beside: Subject | None, root: Home, threads: int) -> Latency | None:
+    """Return the figures that were kept of just this bundle, runtime, machine and threads, else None."""
+    try:
+        found = Latency.model_validate(read_json(root.latency / f"{subject.name}.json"))
+    except (ZooError, ValidationError):
+        return None
+    runtime = (found.runtime or " ").split()
+    own = (found.method, found.digest, found.threads, found.machine, _installed(runtime[0]))
+    if own != (METHOD, subject.digest, threads, machine(), runtime[-1]) or found.reason is not None:
+        return None
+    if beside is not None:
+        with_torch = found.eager
+        if with_torch is None or with_torch.digest != beside.digest or with_torch.reason is not None:
+            return None
+        if with_torch.runtime != f"torch {_installed('torch')}":
+            return None
+    return found
+
+
+def _installed(package: str) -> str | None:
+    try:
+        # OpenVINO's own number goes on after a dash.
+        return version(package).split("-")[0] if package else None
+    except PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """Return what makes two machines differ: processor, cores this process may use, their quota, memory, system."""
+    quota = None
+    with suppress(OSError, ValueError):
+        most, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        quota = None if most == "max" else int(most) / int(period)
+    memory = _meminfo("MemTotal")
+    return {
+        "processor": processor(),
+        "cores": cores(),
+        "core_quota": quota,
+        "memory_gib": None if memory is None else round(memory / (1 << 20), 1),
+        "system": sys.platform,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Return the machine with what changes on it from hour to hour: load, the processor's governor, versions."""
+    governor = None
+    with suppress(OSError):
+        file = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+        governor = file.read_text(encoding="ascii").strip()
+    names = ("zoo", "numpy", "onnxruntime", "openvino", "torch")
+    return {
+        **machine(),
+        "load_average": [round(each, 2) for each in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "governor": governor,
+        "versions": {
+            "python": ".".join(map(str, sys.version_info[:3])),
+            **{name: found for name in names if (found := _installed(name)) is not None},
+        },
+    }
+
+
+def _meminfo(key: str) -> int | None:
+    """Return a number of Linux's memory table in KiB, or None."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1])
+    return None
+
+
+# Measuring --------------------------------------------------------------------------------------------------------
+
+
+class _Lost(Exception):
+    """A process that cannot be measured any more, and why."""
+
+
+@dataclass
+class _Process:
+    """One process that is measured, and what it has told."""
+
+    subject: Subject
+    child: subprocess.Popen[bytes]
+    connection: Connection
+    log: IO[bytes]
+    facts: dict[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+    seconds: list[list[float]] = field(default_factory=list)  # of single images, round by round
+    rates: dict[int, list[float]] = field(default_factory=dict)  # batch to images/s of each call
+    decode_s: list[float] = field(default_factory=list)
+    peak_mib: float | None = None
+    peak_batches_mib: float | None = None
+
+    def ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to an order; None of the rest is asked where the process is lost."""
+        with suppress(OSError):  # whoever is dead is heard of below
+            self.connection.send_bytes(json.dumps(order).encode())
+        return self.hear(ANSWER_S)
+
+    def hear(self, seconds: float) -> dict[str, Any]:
+        """Return what the process tells next; raises _Lost where it died, is silent, or tells of an error."""
+        try:
+            if not self.connection.poll(seconds):
+                raise _Lost(f"its process gave no answer for {seconds:.0f} s")
+            told: dict[str, Any] = json.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            raise _Lost(self._ended()) from None
+        if "error" in told:
+            raise _Lost(told["error"])
+        return told
+
+    def _ended(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self.child.wait(5)
+        code = self.child.returncode
+        if code is not None and code < 0:
+            return f"its process was ended by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+        self.log.seek(0)
+        lines = self.log.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
+        return f"its process ended with code {code}" + (f": {one_line(lines[-1], 160)}" if lines else "")
+
+    def end(self) -> None:
+        """End the process: it goes when the connection closes, and is killed where it does not within 2 s."""
+        self.connection.close()
+        try:
+            self.child.wait(2)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+        finally:
+            self.log.close()
+
+
+def measure(
+    subjects: Sequence[Subject], root: Home, *, threads: int, seconds: float = 3.0, progress: Progress | None = None
+) -> dict[str, Latency]:
+    """Return name to figures of all subjects, measured together: every one lives at once and they take turns.
+
+    Ten rounds of single images, every second one backwards, so that a drift of the machine hits all alike; then batches
+    of 2, 4, ... 64 for those that still gain, and the best batch of each twice more, for a figure that was not chosen
+    for being high.
+    """
+    before = environment()
+    together = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    at_work: list[_Process] = []
+    steps = _Steps(progress, len(subjects) * (1 + ROUNDS + len(BATCHES) + 2))
+    with _alone(root):
+        try:
+            for each in subjects:
+                at_work.append(_start(each, threads))
+                _open(at_work[-1], root, threads)
+                steps.done(1)
+            _single_images(at_work, seconds, steps)
+            _batches(at_work, seconds, steps)
+        finally:
+            for process in at_work:
+                process.end()
+    known = {
+        "threads": threads,
+        "machine": machine(),
+        "measured_together": together,
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": {**before, "load_average_after": environment()["load_average"], "beside": len(subjects)},
+    }
+    steps.done(steps.total)
+    return {process.subject.name: _figures(process, known) for process in at_work}
+
+
+@dataclass
+class _Steps:
+    """How much of the measuring is done."""
+
+    progress: Progress | None
+    total: int
+    count: int = 0
+
+    def done(self, steps: int) -> None:
+        self.count = min(self.total, self.count + steps)
+        if self.progress is not None:
+            self.progress(self.count, self.total)
+
+
+@contextmanager
+def _alone(root: Home) -> Iterator[None]:
+    """Hold off other measuring in this home: two at once would measure each other."""
+    from filelock import FileLock, Timeout
+
+    root.locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root.locks / "latency.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ZooError(
+            "another process measures latencies in this home, and two at once would disturb each other; wait for it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _start(subject: Subject, threads: int) -> _Process:
+    """Start a process. Not by multiprocessing, which would import the caller's script, torch and all."""
+    import socket
+
+    ours, theirs = socket.socketpair()
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    settings = {**os.environ, **dict.fromkeys(names, str(threads)), "NO_ALBUMENTATIONS_UPDATE": "1"}
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from zoo.deployment.timing import serve; "
+    log = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"{code}serve(int(sys.argv[1]))", str(theirs.fileno()), json.dumps(sys.path)],
+            env=settings,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    except OSError as error:
+        ours.close()
+        log.close()
+        raise ZooError(f"cannot start a process: {one_line(error.strerror or error)}; measure fewer at once") from error
+    finally:
+        theirs.close()
+    return _Process(subject, child, Connection(ours.detach()), log)
+
+
+def _open(process: _Process, root: Home, threads: int) -> None:
+    """Have a process open its network and warm up."""
+    subject = process.subject
+    free = _meminfo("MemAvailable")
+    if subject.kind == "run" and free is not None and free < EAGER_GIB * (1 << 20):
+        process.reason = f"eager torch needs about {EAGER_GIB} GiB of memory beside the others; there is less"
+        return
+    order = {"kind": subject.kind, "path": str(subject.path), "home": str(root.root), "threads": threads}
+    try:
+        process.connection.send_bytes(json.dumps(order).encode())
+        process.facts = process.hear(OPEN_S)
+        process.facts["first_s"] = process.ask({"batch": 1, "calls": WARM_UP})["seconds"]
+    except (_Lost, OSError) as lost:
+        process.reason = str(lost)
+
+
+def _asked(process: _Process, order: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the answer, or None where the process is lost, now or before."""
+    if process.reason is not None:
+        return None
+    try:
+        return process.ask(order)
+    except _Lost as lost:
+        process.reason = str(lost)
+        return None
+
+
+def _single_images(processes: list[_Process], seconds: float, steps: _Steps) -> None:
+    for number in range(ROUNDS):
+        for process in processes if number % 2 == 0 else reversed(processes):
+            guess = float(np.median(process.facts.get("first_s", [1.0])))
+            calls = max(2, min(500, round(seconds / ROUNDS / max(guess, 1e-6))))
+            told = _asked(process, {"batch": 1, "calls": calls})
+            if told is not None:
+                process.seconds.append(told["seconds"])
+                process.peak_mib = process.peak_batches_mib = told["peak_mib"]
+            steps.done(1)
+    for process in processes:
+        told = _asked(process, {"decode": 15})
+        process.decode_s = told["seconds"] if told else []
+
+
+def _batches(processes: list[_Process], seconds: float, steps: _Steps) -> None:
+    for process in processes:
+        if process.reason is None:
+            process.rates[1] = [1 / each for turn in process.seconds for each in turn]
+    for batch in BATCHES:
+        for process in processes:
+            if process.reason is None and _gains(process, batch):
+                _batch(process, batch, seconds / ROUNDS)
+            steps.done(1)
+    best = [(process, _best(process.rates)) for process in processes if process.reason is None]
+    for process, batch in best:
+        if batch > 1:
+            process.rates[batch] = []
+    for _ in range(2):
+        for process, batch in best:
+            if batch > 1:
+                _batch(process, batch, seconds / ROUNDS)
+            steps.done(1)
+
+
+def _gains(process: _Process, batch: int) -> bool:
+    """Return whether a batch is worth a try: it takes no longer than LONGEST_S, and the last two did not both fail."""
+    one = 1 / float(np.median(process.rates[1]))
+    medians = [float(np.median(each)) for each in process.rates.values()]
+    if one * batch > LONGEST_S or 2 * max(process.rates) < batch:
+        return False
+    return len(medians) < 3 or max(medians[-2:]) > GAIN * max(medians[:-2])
+
+
+def _batch(process: _Process, batch: int, seconds: float) -> None:
+    one = 1 / float(np.median(process.rates[1]))
+    calls = max(2, min(100, round(seconds / (one * batch))))
+    told = _asked(process, {"batch": batch, "calls": calls})
+    if told is not None:
+        process.rates.setdefault(batch, []).extend(batch / each for each in told["seconds"])
+        process.peak_batches_mib = told["peak_mib"]
+
+
+def _best(rates: dict[int, list[float]]) -> int:
+    """Return the batch with the most images/s, a smaller one where a larger gains next to nothing."""
+    medians = {batch: float(np.median(each)) for batch, each in rates.items() if each}
+    most = max(medians.values())
+    return min(batch for batch, rate in medians.items() if rate * GAIN >= most)
+
+
+def _figures(process: _Process, known: dict[str, Any]) -> Latency:
+    subject, facts = process.subject, process.facts
+    found: dict[str, Any] = {"name": subject.name, "run": subject.run, "digest": subject.digest, "files": subject.files}
+    found |= {"runtime": facts.get("runtime"), "size_mib": subject.size_bytes / (1 << 20), **known}
+    if process.reason is not None:
+        return Latency(**found, reason=process.reason)
+    every = np.concatenate(process.seconds) * 1e3
+    p50, p95, p99 = (float(each) for each in np.percentile(every, [50, 95, 99]))
+    rates = {batch: float(np.median(each)) for batch, each in process.rates.items() if each}
+    best = _best(process.rates)
+    return Latency(
+        **found,
+        latency_p50_ms=p50,
+        latency_p95_ms=p95,
+        latency_p99_ms=p99,
+        calls=len(every),
+        rounds_p50_ms=[1e3 * float(np.median(turn)) for turn in process.seconds],
+        views=facts["views"],
+        images_per_s=rates[best],
+        best_batch=best,
+        largest_batch=max(rates),
+        batches=rates,
+        decode_ms=1e3 * float(np.median(process.decode_s)),
+        open_ms=1e3 * facts["open_s"],
+        peak_mib=process.peak_mib,
+        peak_batches_mib=process.peak_batches_mib,
+        empty_mib=facts["empty_mib"],
+    )
