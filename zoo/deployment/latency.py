@@ -52,7 +52,7 @@ class Latency(BaseModel):
     bundle's sample, median. peak_mib: the most memory of the process while it answers single images, all counted;
     empty_mib: before it opened anything; peak_batches_mib: with batches of up to `largest_batch`. size_mib: of the
     model's files. measured_together: the same for all that were asked in turns, and hence comparable. reason: why
-    there is no figure.
+    there is no figure; batches_ended: why its process was lost later, with larger batches.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -80,6 +80,7 @@ class Latency(BaseModel):
     best_batch: int | None = None
     largest_batch: int | None = None
     batches: dict[int, float] = {}
+    batches_ended: str | None = None
     decode_ms: float | None = None
     open_ms: float | None = None
     peak_mib: float | None = None
@@ -425,7 +426,7 @@ def _single_images(processes: list[_Process], seconds: float, steps: _Steps) -> 
 
 def _batches(processes: list[_Process], seconds: float, steps: _Steps) -> None:
     for process in processes:
-        if process.reason is None:
+        if len(process.seconds) == ROUNDS:
             process.rates[1] = [1 / each for turn in process.seconds for each in turn]
     for batch in BATCHES:
         for process in processes:
@@ -433,12 +434,11 @@ def _batches(processes: list[_Process], seconds: float, steps: _Steps) -> None:
                 _batch(process, batch, seconds / ROUNDS)
             steps.done(1)
     best = [(process, _best(process.rates)) for process in processes if process.reason is None]
-    for process, batch in best:
-        if batch > 1:
-            process.rates[batch] = []
-    for _ in range(2):
+    for number in range(2):
         for process, batch in best:
-            if batch > 1:
+            if number == 0 and process.reason is None and batch > 1:
+                process.rates[batch] = []
+            if process.reason is None and batch > 1:
                 _batch(process, batch, seconds / ROUNDS)
             steps.done(1)
 
@@ -472,7 +472,7 @@ def _figures(process: _Process, known: dict[str, Any]) -> Latency:
     subject, facts = process.subject, process.facts
     found: dict[str, Any] = {"name": subject.name, "run": subject.run, "digest": subject.digest, "files": subject.files}
     found |= {"runtime": facts.get("runtime"), "size_mib": subject.size_bytes / (1 << 20), **known}
-    if process.reason is not None:
+    if len(process.seconds) < ROUNDS:
         return Latency(**found, reason=process.reason)
     every = np.concatenate(process.seconds) * 1e3
     p50, p95, p99 = (float(each) for each in np.percentile(every, [50, 95, 99]))
@@ -490,7 +490,8 @@ def _figures(process: _Process, known: dict[str, Any]) -> Latency:
         best_batch=best,
         largest_batch=max(rates),
         batches=rates,
-        decode_ms=1e3 * float(np.median(process.decode_s)),
+        batches_ended=process.reason,
+        decode_ms=1e3 * float(np.median(process.decode_s)) if process.decode_s else None,
         open_ms=1e3 * facts["open_s"],
         peak_mib=process.peak_mib,
         peak_batches_mib=process.peak_batches_mib,
