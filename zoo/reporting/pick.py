@@ -55,21 +55,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Limit:
-    """What a candidate must keep: a value `at most`, `at least` or `above` a bound.
+    """What a candidate must keep: a value `at most` or `at least` a bound.
 
     key: as `Candidate.value` takes it. name: what it is called in a sentence.
     """
 
     key: str
-    sense: Literal["at most", "at least", "above"]
+    sense: Literal["at most", "at least"]
     bound: float
     name: str
 
     def keeps(self, value: float) -> bool:
         """Return whether a value is inside; one that is not known is not."""
-        if self.sense == "at most":
-            return value <= self.bound
-        return value >= self.bound if self.sense == "at least" else value > self.bound
+        return value <= self.bound if self.sense == "at most" else value >= self.bound
 
     def excess(self, value: float) -> float:
         """Return how far outside a value is, as a part of the bound; infinity where it is not known."""
@@ -198,7 +196,7 @@ class Choosing:
         runs = {each.name: [each.predictions] for each in self.ready if each.predictions is not None}
         if not runs:
             return {}
-        return metric_intervals(runs, [self.metric], negative=self._negative)[self.metric]  # type: ignore[arg-type]
+        return metric_intervals(runs, [self.metric], negative=self._negative)[self.metric]
 
     def choose(self, limits: Sequence[Limit], margin: float, without: Iterable[str] = ()) -> Choice:
         """Return the choice; without: names that are left out. Raises ZooError for a margin below 0."""
@@ -282,7 +280,7 @@ def nearest_misses(choosing: Choosing, choice: Choice) -> list[dict[str, Any]]:
     return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
 
-# What would change the choice ------------------------------------------------------------------------------------------
+# What would change the choice ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -303,8 +301,6 @@ def what_would_change(choosing: Choosing, limits: Sequence[Limit], margin: float
     name = choice.chosen.name if choice.chosen else None
     found = [*_by_margin(choosing, limits, margin, choice)]
     for place, limit in enumerate(limits):
-        if limit.sense == "above":
-            continue  # a floor is no matter of taste
         others = [each for each in limits if each is not limit]
 
         def tried(bound: float, limit: Limit = limit, place: int = place) -> Candidate | None:
@@ -328,9 +324,7 @@ def what_would_change(choosing: Choosing, limits: Sequence[Limit], margin: float
     return found
 
 
-def _by_margin(
-    choosing: Choosing, limits: Sequence[Limit], margin: float, choice: Choice
-) -> Iterable[Change]:
+def _by_margin(choosing: Choosing, limits: Sequence[Limit], margin: float, choice: Choice) -> Iterable[Change]:
     if choice.chosen is None:
         return
     needed = {name: max(0.0, -each.low) for name, each in choice.differences.items()}

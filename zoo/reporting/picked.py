@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zoo.errors import one_line
 from zoo.evaluation.statistics import Interval
 from zoo.reporting.pick import COSTS, Candidate, Change, Choice, Choosing, Limit
 
@@ -75,8 +74,8 @@ def reason_of(choosing: Choosing, choice: Choice, limits: Sequence[Limit], margi
             f"{difference.low:+.3f} to {difference.high:+.3f})"
         )
     return (
-        f"{lead}, the best on val is {short_name(best.name)} ({_said(choosing, best)}); {short_name(chosen.name)} {why} "
-        f"and costs the least of {len(choice.not_worse)} such ({metric} {chosen.value(metric):.3f}, "
+        f"{lead}, the best on val is {short_name(best.name)} ({_said(choosing, best)}); {short_name(chosen.name)} "
+        f"{why} and costs the least of {len(choice.not_worse)} such ({metric} {chosen.value(metric):.3f}, "
         f"{choosing.cost} {quantity(choosing.cost, chosen.value(choosing.cost))})"
     )
 
@@ -119,7 +118,7 @@ def miss_words(row: Mapping[str, Any]) -> str:
 def candidate_rows(
     choosing: Choosing, choice: Choice, intervals: Mapping[str, Interval | None]
 ) -> list[dict[str, Any]]:
-    """Return a row for each candidate: the chosen one first, then what fits by cost, misses, and those with a reason."""
+    """Return a row for each candidate: the chosen first, then what fits by cost, misses, and those with a reason."""
     metric, rows = choosing.metric, []
     for name, each in choosing.candidates.items():
         interval, difference = intervals.get(name), choice.differences.get(name)
@@ -182,8 +181,8 @@ def notes_of(
             continue
         if interval.low < limit.bound:
             notes.append(
-                f"{limit_words(limit)} is kept by the value on val, {interval.value:.3f}, and not by its 95 % interval, "
-                f"{interval.low:.3f} to {interval.high:.3f}"
+                f"{limit_words(limit)} is kept by the value on val, {interval.value:.3f}, and not by its 95 % "
+                f"interval, {interval.low:.3f} to {interval.high:.3f}"
             )
     second = choice.runner_up
     if choosing.cost == "latency" and second is not None and second.name in choice.not_worse:
