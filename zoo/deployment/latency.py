@@ -65,7 +65,7 @@ def _stored(subject: Subject, beside: Subject | None, root: Home, threads: int) 
         found = Latency.model_validate(read_json(root.latency / f"{subject.name}.json"))
     except (ZooError, ValidationError):
         return None
-    runtime = (found.runtime or " ").split()
+    runtime = (found.runtime or "none").split()
     own = (found.method, found.digest, found.threads, found.machine, installed(runtime[0]))
     if own != (METHOD, subject.digest, threads, machine(), runtime[-1]) or found.reason is not None:
         return None

@@ -146,6 +146,16 @@ def parse_minimum(text: str) -> tuple[str, float]:
         raise ZooError(f"--min must be METRIC=V, e.g. sensitivity=0.95. Got {one_line(text, 80)!r}") from None
 
 
+def parse_minimums(texts: Iterable[str]) -> dict[str, float]:
+    """Return metric to value of several `METRIC=V`; raises ZooError where one is none, or a metric comes twice."""
+    found: dict[str, float] = {}
+    for key, value in map(parse_minimum, texts):
+        if key in found:
+            raise ZooError(f"--min {one_line(key, 80)} is given twice, as {found[key]:g} and {value:g}; give it once")
+        found[key] = value
+    return found
+
+
 def _check_minimum(key: str, least: float, classes: Sequence[str], negative_class: str | None) -> None:
     name, colon, label = key.partition(":")
     allowed = [metric for metric in METRICS if METRIC_SIGN[metric] > 0]
@@ -159,14 +169,19 @@ def _check_minimum(key: str, least: float, classes: Sequence[str], negative_clas
         known = [*allowed, *(f"{each}:CLASS" for each in OF_A_CLASS)]
         near = nearest(name, allowed)
         raise ZooError(f"a least value must be of one of {', '.join(known)}. Got {one_line(key, 80)!r}{near}")
-    if name in ("sensitivity", "specificity") and len(classes) > 2 and negative_class is None:
-        raise ZooError(
-            f"{name} is not defined: of {len(classes)} classes none is said to be healthy; set negative_class in "
-            f"dataset.toml, or use recall:CLASS"
-        )
+    check_defined(name, classes, negative_class)
     if not 0 <= least <= 1:
         fix = f"; write {least / 100:g}" if 1 < least <= 100 else ""
         raise ZooError(f"the least {one_line(key, 80)} must be in [0, 1]. Got {least:g}{fix}")
+
+
+def check_defined(metric: str, classes: Sequence[str], negative_class: str | None) -> None:
+    """Raise ZooError where a metric needs a class of the healthy, and these classes have none."""
+    if metric in ("sensitivity", "specificity") and len(classes) > 2 and negative_class is None:
+        raise ZooError(
+            f"{metric} is not defined: of {len(classes)} classes none is said to be healthy; set negative_class in "
+            "dataset.toml, or take the recall of a class, recall:CLASS=V with --min"
+        )
 
 
 class Choosing:
@@ -186,7 +201,7 @@ class Choosing:
         if len(set(names)) < len(names):
             raise ZooError(f"candidates must have different names. Got {', '.join(sorted(names))}")
         self.metric, self.cost, self.sign = metric, cost, METRIC_SIGN[metric]
-        self._negative = negative
+        self.negative = negative
         self.candidates = {each.name: each for each in sorted(candidates, key=lambda each: each.name)}
         self.ready = [each for each in self.candidates.values() if each.reason is None]
         self._pairs: dict[tuple[str, str], Difference] = {}
@@ -196,7 +211,7 @@ class Choosing:
         runs = {each.name: [each.predictions] for each in self.ready if each.predictions is not None}
         if not runs:
             return {}
-        return metric_intervals(runs, [self.metric], negative=self._negative)[self.metric]
+        return metric_intervals(runs, [self.metric], negative=self.negative)[self.metric]
 
     def choose(self, limits: Sequence[Limit], margin: float, without: Iterable[str] = ()) -> Choice:
         """Return the choice; without: names that are left out. Raises ZooError for a margin below 0."""
@@ -243,7 +258,7 @@ class Choosing:
         if key not in self._pairs:
             assert candidate.predictions is not None and best.predictions is not None
             runs = {"one": [candidate.predictions], "two": [best.predictions]}
-            pair = paired_comparisons(runs, self.metric, negative=self._negative)[0]
+            pair = paired_comparisons(runs, self.metric, negative=self.negative)[0]
             ends = sorted((self.sign * pair.low, self.sign * pair.high))
             self._pairs[key] = Difference(self.sign * pair.difference, *ends)
         return self._pairs[key]

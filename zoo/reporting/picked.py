@@ -193,3 +193,13 @@ def notes_of(
                 f"({min(one):.3g} to {max(one):.3g} ms and {min(two):.3g} to {max(two):.3g} ms): take either"
             )
     return notes
+
+
+def words_of_test(test: Mapping[str, Any], metric: str) -> str:
+    """Return in words what a choice's test scores are, with the interval of the metric."""
+    value, interval = test.get(metric), test.get(f"{metric}_ci")
+    said = "unknown" if value is None else f"{value:.3f}"
+    ends = f", 95 % interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
+    groups = f" of {test['groups']} groups" if test["groups"] < test["images"] else ""
+    look = "scored once, now" if test["first_look"] else "scored before, not again"
+    return f"test {metric}: {said}{ends} ({test['images']} images{groups}; {look})"
