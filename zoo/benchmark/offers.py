@@ -1,4 +1,4 @@
-"""What a dataset's runs offer to deploy: for each recipe its best seed, exported, with what the artefact says of val."""
+"""What runs offer to deploy: of each recipe the best seed, exported, with what the artefact says of val."""
 
 from __future__ import annotations
 

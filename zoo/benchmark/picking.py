@@ -155,7 +155,7 @@ class Outcome:
         """Return in one line that nothing fits, and what is nearest to it."""
         rows = self.document["nearest_misses"][:misses]
         nearest_ones = " | ".join(miss_words(row) for row in rows)
-        return self.document["reason"] + (f"; nearest: {nearest_ones}" if rows else "")
+        return f"{self.document['reason']}; nearest: {nearest_ones}" if rows else str(self.document["reason"])
 
     def save_figure(self, file: Path) -> None:
         """Write the figure of scores over costs, PNG; raises ZooError where it cannot be written."""

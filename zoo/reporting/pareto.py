@@ -33,8 +33,9 @@ _NAMED = 12  # labels in one figure; the rest are dots
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the places of the (cost, score) that no other beats: none costs as little and scores more, or less and
-    as much; by cost.
+    """Return the places of the pairs (cost, score) that no other beats, by cost.
+
+    Of equals the first stands for all.
 
     >>> pareto_front([(1.0, 0.5), (2.0, 0.4), (3.0, 0.9)])
     [0, 2]
