@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +28,11 @@ _SMALL = Preprocessing(
 )
 
 
-def dataset_floors(
-    dataset: Dataset, bad_images: str | None = None, scored: Literal["test", "val"] = "test"
-) -> list[dict[str, Any]]:
-    """Return the floors of a dataset's test split, computed once per split; or of val, which opens no test image."""
-    identity = [FLOORS_VERSION, dataset.split_digest, bad_images or dataset.bad_images, dataset.facts.get("window")]
-    key = digest_of(identity if scored == "test" else [*identity, scored])
+def dataset_floors(dataset: Dataset, bad_images: str | None = None) -> list[dict[str, Any]]:
+    """Return the floors of a dataset's test split, computed once per split."""
+    key = digest_of(
+        [FLOORS_VERSION, dataset.split_digest, bad_images or dataset.bad_images, dataset.facts.get("window")]
+    )
     file = dataset.folder / ".cache" / f"floors-{key[:16]}.json"
     try:
         stored: list[dict[str, Any]] = read_json(file)["floors"]
@@ -41,7 +40,7 @@ def dataset_floors(
         own = windowing_of_facts(dataset.facts)
         shown = {"window": dataset.facts.get("window"), "rescale_slope": own.slope, "rescale_intercept": own.intercept}
         preprocessing = _SMALL.model_copy(update=shown)
-        train, test = (open_pixels(dataset, split, preprocessing, bad_images) for split in ("train", scored))
+        train, test = (open_pixels(dataset, split, preprocessing, bad_images) for split in ("train", "test"))
         pixels = [np.stack([center_crop(each[i], SIDE) for i in range(len(each))]) for each in (train, test)]
         columns = fact_columns(file_facts(dataset_facts(dataset)))
         place = {sample: number for number, sample in enumerate(dataset.frame["sample_id"])}
@@ -49,7 +48,6 @@ def dataset_floors(
         stored = compute_floors(
             pixels[0], train.y_true, pixels[1], test.y_true, test.groups, dataset.classes, facts[0], facts[1]
         )
-        stored = [{key.replace("test_", f"{scored}_"): value for key, value in row.items()} for row in stored]
         write_json(file, {"floors": stored})
     return stored
 

@@ -13,7 +13,6 @@ from zoo.reporting.pick import COSTS, Limit
 from zoo.reporting.picked import short_name
 from zoo.reporting.plots import (
     BLUE,
-    FAINT,
     GREEN,
     GREY,
     ORANGE,
@@ -29,6 +28,7 @@ from zoo.reporting.plots import (
     titled,
 )
 
+_FRONT = "#b8b8b8"
 _NAMED = 12  # labels in one figure; the rest are dots
 
 
@@ -71,7 +71,7 @@ def plot_pareto(document: Mapping[str, Any], limits: Sequence[Limit] = ()) -> Fi
         [points[each][0] for each in front] + [high * 2.2],
         [sign * points[each][1] for each in (*front, front[-1])],
         where="post",
-        color=FAINT,
+        color=_FRONT,
         lw=2,
         zorder=0,
     )
@@ -82,7 +82,7 @@ def plot_pareto(document: Mapping[str, Any], limits: Sequence[Limit] = ()) -> Fi
         line_handle(ORANGE, "chosen", "", "*"),
         line_handle(BLUE, "keeps the limits", "", "o"),
         line_handle(GREY, "breaks one", "", "x"),
-        line_handle(FAINT, "beaten by nobody", "-"),
+        line_handle(_FRONT, "beaten by nobody", "-"),
         *_draw_bounds(axes, document, limits, metric, cost),
     ]
     axes.set_xlabel(f"{document['percentile']} {cost}, ms" if cost == "latency" else f"{cost}, {COSTS[cost]}")
@@ -114,7 +114,7 @@ def _label(axes: Axes, rows: Sequence[Mapping[str, Any]], column: str, metric: s
     for place in sorted(order[:_NAMED], key=lambda each: rows[each][column]):
         row, above = rows[place], not above
         axes.annotate(
-            literal(cut_middle(short_name(row["name"]), 34)),
+            literal(cut_middle(short_name(row["name"]), 44)),
             (row[column], row[f"val_{metric}"]),
             xytext=(6, 5 if above else -5),
             textcoords="offset points",
