@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.benchmark.offers import Offer, best_seeds, gather, score_test
-from zoo.benchmark.results import dataset_floors
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.deployment.bundle import Bundle
 from zoo.deployment.latency import latencies
 from zoo.deployment.speed import Latency
 from zoo.errors import ZooError, nearest, one_line
+from zoo.evaluation.dataset_floors import dataset_floors
 from zoo.evaluation.floors import FLOOR_METRICS
 from zoo.evaluation.ledger import looks_at_test
 from zoo.evaluation.metrics import negative_index

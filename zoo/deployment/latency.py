@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from zoo.deployment.bundle import Bundle
 from zoo.deployment.runtime import cores
-from zoo.deployment.speed import METHOD, Latency, Subject, installed, machine, subject_of
+from zoo.deployment.speed import METHOD, Latency, Subject, installed, machine, release, subject_of
 from zoo.deployment.turns import Progress, measure
 from zoo.errors import ZooError
 from zoo.files import Home, read_json, write_json
@@ -67,12 +67,12 @@ def _stored(subject: Subject, beside: Subject | None, root: Home, threads: int) 
         return None
     runtime = (found.runtime or "none").split()
     own = (found.method, found.digest, found.threads, found.machine, installed(runtime[0]))
-    if own != (METHOD, subject.digest, threads, machine(), runtime[-1]) or found.reason is not None:
+    if own != (METHOD, subject.digest, threads, machine(), release(runtime[-1])) or found.reason is not None:
         return None
     if beside is not None:
         with_torch = found.eager
         if with_torch is None or with_torch.digest != beside.digest:
             return None
-        if with_torch.reason is None and with_torch.runtime != f"torch {installed('torch')}":
+        if with_torch.reason is None and release(with_torch.runtime or "") != f"torch {installed('torch')}":
             return None
     return found

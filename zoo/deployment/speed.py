@@ -93,11 +93,19 @@ def subject_of(it: Bundle | Run) -> Subject:
     return Subject(it.name, record.run, "bundle", it.path, digest, files, it.size_bytes)
 
 
+def release(version: str) -> str:
+    """Return a version without what says how it was built: after a dash (OpenVINO's), or after a plus (torch's).
+
+    >>> release("2026.1.0-123-abc"), release("2.14.1+cpu")
+    ('2026.1.0', '2.14.1')
+    """
+    return version.split("-")[0].split("+")[0]
+
+
 def installed(package: str) -> str | None:
     """Return the version of an installed package, or None."""
     try:
-        # OpenVINO's own number goes on after a dash.
-        return version(package).split("-")[0] if package else None
+        return release(version(package)) if package else None
     except PackageNotFoundError:
         return None
 
