@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -62,6 +62,15 @@ Precision = Literal["float32", "fp16", "bf16", "int8"]
 Progress = Callable[[str, int, int], None]
 Note = Callable[[str], None]
 
+
+class HasRun(Protocol):
+    """What stands for a run, such as the choice of `zoo.pick`."""
+
+    @property
+    def run(self) -> Run:
+        """Return the run."""
+
+
 _TOLERANCE = {"float32": 1e-3, "fp16": 2e-2, "bf16": 5e-2, "int8": 2e-1}
 
 
@@ -105,7 +114,7 @@ def exports_folder(run: Run, form: str, precision: str) -> Path:
 
 
 def export(
-    run: Run | str,
+    run: Run | str | HasRun,
     root: Home | None = None,
     *,
     format: Format = "onnx",  # noqa: A002
@@ -131,7 +140,7 @@ def export(
     root, say = root or home(), on_note or (lambda _: None)
     _check_kind(format, precision)
     check_gate(metric, margin)
-    run = find_run(run, root) if isinstance(run, str) else run
+    run = find_run(run, root) if isinstance(run, str) else run if isinstance(run, Run) else run.run
     record = finished_record(run)
     bundle_name = check_name(name, "bundle") if name is not None else f"{run.name}--{format}-{precision}"
     dataset = _dataset(run, record, root)
