@@ -25,10 +25,10 @@ datasets.add_to(app)
 listing.add_to(app)
 runs.add_to(app)
 benchmarks.add_to(app)
-deployment.add_to(app)
 predictions.add_to(app)
 pretraining.add_to(app)
 tuning.add_to(app)
+deployment.add_to(app)
 serving.add_to(app)
 
 

@@ -34,7 +34,7 @@ from zoo.deployment.bundle import (
     seal,
 )
 from zoo.deployment.card import card_text
-from zoo.deployment.facts import gather_facts, weights_told
+from zoo.deployment.evidence import card_facts
 from zoo.deployment.graph import write_onnx, write_openvino
 from zoo.deployment.parity import (
     MARGIN,
@@ -44,7 +44,6 @@ from zoo.deployment.parity import (
     judge,
     reference_predictions,
 )
-from zoo.deployment.quantise import CalibrationImages, halve_onnx, quantise_onnx, quantise_openvino
 from zoo.deployment.rules import fit_rules
 from zoo.deployment.runtime import Session
 from zoo.errors import ZooError, nearest, one_line
@@ -210,23 +209,19 @@ def _make(job: _Job, folder: Path, say: Note) -> tuple[dict[str, Any], Predictio
             f"{job.name!r} is not written, for it is not the network that was trained: {verdict['reason']}; "
             + _remedy(job.precision)
         )
-    _describe(job, folder, record.model_copy(update={"parity": verdict}), artefact)
-    return verdict, artefact
-
-
-def _describe(job: _Job, folder: Path, record: BundleRecord, artefact: Predictions) -> None:
-    """Add rules, scores and the card, all of val and of what was scored on test before; then seal the folder."""
     test = predictions_of(job.run, "test") if job.run.scored("test") else None
     record = record.model_copy(
         update={
             "rules": fit_rules(artefact, job.record.classes, job.record.negative_class),
+            "parity": verdict,
             "val": scores(artefact, job.record),
-            "test": scores(test, job.record) if test is not None else None,
+            "test": None if test is None else scores(test, job.record),
         }
     )
-    facts = gather_facts(record, job.record, job.dataset, artefact, test, job.root)
+    facts = card_facts(job.record, record, job.dataset, job.root, artefact, test)
     (folder / CARD).write_text(card_text(record, facts), encoding="utf-8")
     seal(folder, record)
+    return verdict, artefact
 
 
 def _remedy(precision: str) -> str:
@@ -236,26 +231,18 @@ def _remedy(precision: str) -> str:
 
 
 def _write_model(job: _Job, model: Any, folder: Path, pixels: Pixels) -> tuple[dict[str, Any], bool]:
-    onnx_file, images = folder / MODEL_FILES["onnx"][0], CalibrationImages(pixels, job.preprocessing)
-    job.progress("exporting", 0, 2)
+    onnx_file = folder / MODEL_FILES["onnx"][0]
+    job.progress("exporting", 0, 1)
     facts, mapped = write_onnx(model, job.preprocessing.image_size, onnx_file)
-    job.progress("exporting", 1, 2)
     if job.format == "openvino":
-        if job.precision == "int8":
-            facts |= quantise_openvino(onnx_file, folder, images)
-        else:
-            facts |= write_openvino(onnx_file, folder, half=job.precision == "fp16")
+        facts |= write_openvino(onnx_file, folder)
         onnx_file.unlink()
-    elif job.precision == "int8":
-        facts |= quantise_onnx(onnx_file, images)
-    elif job.precision == "fp16":
-        facts |= halve_onnx(onnx_file)
-    job.progress("exporting", 2, 2)
+    job.progress("exporting", 1, 1)
     return facts, mapped
 
 
 def _record(job: _Job, folder: Path, exporter: dict[str, Any], mapped: bool) -> BundleRecord:
-    kept = {key: getattr(job.record, key) for key in ("dataset", "recipe", "seed", "model", "params")}
+    kept = {key: getattr(job.record, key) for key in ("dataset", "recipe", "seed", "model", "params", "weights")}
     session = Session(folder / MODEL_FILES[job.format][0], job.format, job.precision)
     pixels = _pixels(sample_png(), job.preprocessing)
     logits = session(normalise(pixels[None], job.preprocessing))[0][0]
@@ -263,7 +250,6 @@ def _record(job: _Job, folder: Path, exporter: dict[str, Any], mapped: bool) -> 
         name=job.name,
         run=job.run.name,
         **kept,
-        weights=weights_told(job.record),
         classes=job.record.classes,
         negative_class=job.record.negative_class,
         medical=job.dataset.facts.get("medical") is True,
