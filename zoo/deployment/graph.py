@@ -56,7 +56,7 @@ def write_onnx(model: nn.Module, image_size: int, file: Path) -> tuple[dict[str,
         try:
             with quiet(), torch.no_grad():
                 proto = write(wrapped, torch.zeros(2, 3, image_size, image_size), [LOGITS, MAP][: 1 + mapped])
-            file.write_bytes(_without_traces(proto))
+            file.write_bytes(onnx_bytes(proto))
             fault = _fault(wrapped, file, image_size)
         except (OSError, ZooError, KeyboardInterrupt):
             raise
@@ -123,7 +123,7 @@ def _fault(wrapped: _Exported, file: Path, image_size: int) -> str | None:
     return None
 
 
-def _without_traces(proto: Any) -> bytes:
+def onnx_bytes(proto: Any) -> bytes:
     """Return a graph's bytes without what names places on this machine; raises ZooError for weights outside of it."""
     import onnx
 
