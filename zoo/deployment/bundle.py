@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from zoo.deployment.onnx_file import check_onnx
 from zoo.errors import ZooError, nearest, one_line
 from zoo.files import Home, home, read_json, sha256_file, to_json, user_path
 from zoo.runs import Preprocessing
@@ -145,14 +144,7 @@ def open_bundle(name: str | os.PathLike[str], root: Home | None = None) -> Bundl
         raise _refused(folder, f"it must hold {', '.join(sorted(expected))}. Got {', '.join(sorted(listed))}")
     if any(listed[each] != digest for each, digest in record.files.items()):
         raise _refused(folder, f"{RECORD} and {SUMS} name different digests")
-    bundle = Bundle(folder, record)
-    if record.format == "onnx":
-        with bundle.model_file.open("rb") as stream:
-            try:
-                check_onnx(stream)
-            except ZooError as error:
-                raise _refused(folder, str(error)) from error
-    return bundle
+    return Bundle(folder, record)
 
 
 def read_record(folder: Path) -> BundleRecord:

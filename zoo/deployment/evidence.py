@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,13 +75,20 @@ def card_facts(
             **{key: getattr(run, key) for key in _TRAINING},
             "precision": run.precision.get("name"),
             "notes": run.notes,
-            "weights": run.weights,
+            "weights": weights_told(run),
         },
         versions=run.versions,
         exporter=bundle.exporter,
         looks_at_test=looks,
         intended_use=_intended_use(about, dataset.name, bundle.medical),
     )
+
+
+def weights_told(run: RunRecord) -> dict[str, Any]:
+    """Return what training began from, without the folders of the machine that trained; an address stays."""
+    told = dict(run.weights)
+    place = str(told.get("location") or "")
+    return told if not place or "://" in place else {**told, "location": Path(place).name}
 
 
 def group_spread(predictions: Predictions) -> dict[str, Any] | None:

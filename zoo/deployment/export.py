@@ -34,7 +34,7 @@ from zoo.deployment.bundle import (
     seal,
 )
 from zoo.deployment.card import card_text
-from zoo.deployment.evidence import card_facts
+from zoo.deployment.evidence import card_facts, weights_told
 from zoo.deployment.graph import write_onnx, write_openvino
 from zoo.deployment.parity import (
     MARGIN,
@@ -44,6 +44,7 @@ from zoo.deployment.parity import (
     judge,
     reference_predictions,
 )
+from zoo.deployment.quantise import Calibration, half_onnx, int8_onnx, int8_openvino
 from zoo.deployment.rules import fit_rules
 from zoo.deployment.runtime import Session
 from zoo.errors import ZooError, nearest, one_line
@@ -234,15 +235,31 @@ def _write_model(job: _Job, model: Any, folder: Path, pixels: Pixels) -> tuple[d
     onnx_file = folder / MODEL_FILES["onnx"][0]
     job.progress("exporting", 0, 1)
     facts, mapped = write_onnx(model, job.preprocessing.image_size, onnx_file)
-    if job.format == "openvino":
-        facts |= write_openvino(onnx_file, folder)
-        onnx_file.unlink()
+    facts |= _as_asked(job, onnx_file, folder, pixels)
     job.progress("exporting", 1, 1)
     return facts, mapped
 
 
+def _as_asked(job: _Job, onnx_file: Path, folder: Path, pixels: Pixels) -> dict[str, Any]:
+    """Make a float32 ONNX file what was asked for, and return how."""
+    onnx, eight_bits = job.format == "onnx", job.precision == "int8"
+    if onnx and job.precision == "float32":
+        return {}
+    if onnx and job.precision == "fp16":
+        return half_onnx(onnx_file)
+    calibration = Calibration(pixels, job.preprocessing)
+    if onnx:
+        return int8_onnx(onnx_file, calibration)
+    if eight_bits:
+        facts = int8_openvino(onnx_file, folder, calibration)
+    else:  # bf16 is what the runtime is asked to compute in; the file keeps float32
+        facts = write_openvino(onnx_file, folder, half=job.precision == "fp16")
+    onnx_file.unlink()
+    return facts
+
+
 def _record(job: _Job, folder: Path, exporter: dict[str, Any], mapped: bool) -> BundleRecord:
-    kept = {key: getattr(job.record, key) for key in ("dataset", "recipe", "seed", "model", "params", "weights")}
+    kept = {key: getattr(job.record, key) for key in ("dataset", "recipe", "seed", "model", "params")}
     session = Session(folder / MODEL_FILES[job.format][0], job.format, job.precision)
     pixels = _pixels(sample_png(), job.preprocessing)
     logits = session(normalise(pixels[None], job.preprocessing))[0][0]
@@ -250,6 +267,7 @@ def _record(job: _Job, folder: Path, exporter: dict[str, Any], mapped: bool) -> 
         name=job.name,
         run=job.run.name,
         **kept,
+        weights=weights_told(job.record),
         classes=job.record.classes,
         negative_class=job.record.negative_class,
         medical=job.dataset.facts.get("medical") is True,
