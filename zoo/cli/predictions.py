@@ -27,7 +27,8 @@ def predict(
 ) -> None:
     """Predict images; with --json one object a line. A bad file is a row with its reason."""
     from zoo.cli.screen import bars, console, print_table
-    from zoo.deployment.predictor import Predictor, find_images
+    from zoo.deployment.images import find_images
+    from zoo.deployment.predictor import Predictor
     from zoo.errors import one_line
     from zoo.files import to_json
 
