@@ -7,6 +7,7 @@ from torch import nn
 
 from zoo.errors import ZooError
 from zoo.evaluation.explain import activation_maps, paint_over
+from zoo.evaluation.heat import overlay
 from zoo.models.registry import create_model, find_model
 
 # Where captum finds the map that `forward_features` gives; None: the layer before the network's pooling is found by us.
@@ -186,6 +187,16 @@ def test_a_map_of_nothing_stays_nothing():
     own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     nn.init.zeros_(own[3].weight)
     assert not activation_maps(own, torch.randn(1, 3, 16, 16), torch.tensor([1])).any()
+
+
+def test_an_overlay_changes_what_is_warm_alone():
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    assert np.array_equal(overlay(image, np.zeros((5, 5))), image)
+    heat = np.zeros((5, 5))
+    heat[0, 0] = 1
+    warm = overlay(image, heat)
+    assert warm.dtype == np.uint8 and warm.shape == image.shape
+    assert (warm[:4, :4] != image[:4, :4]).any() and np.array_equal(warm[20:, 20:], image[20:, 20:])
 
 
 @pytest.mark.parametrize("side", [32, 33, 96, 224])

@@ -13,7 +13,7 @@ from zoo.data.cache import open_pixels
 from zoo.data.loader import fixed_batches
 from zoo.data.manifest import load_dataset
 from zoo.data.transforms import center_crop, normalise_tensor
-from zoo.data.views import VIEWS, mean_logits, views_of
+from zoo.data.views import VIEWS, views_of
 from zoo.recipe import ScoreTable
 from zoo.runs import Preprocessing
 from zoo.training.features import forward_pixels
@@ -101,20 +101,6 @@ def test_combined_logits_stay_finite_where_views_are_certain():
     combined = combine(logits)
     assert torch.isfinite(combined).all()
     torch.testing.assert_close(torch.softmax(combined, 1), torch.tensor([[0.5, 0, 0.5]]))
-
-
-@given(
-    views=st.integers(1, 10),
-    images=st.integers(1, 5),
-    classes=st.integers(2, 9),
-    scale=st.sampled_from([1e-3, 1, 30, 900]),
-)
-def test_arrays_are_combined_as_tensors_are(views, images, classes, scale):
-    logits = (scale * np.random.default_rng(views).normal(size=(views, images, classes))).astype(np.float32)
-    before = logits.copy()
-    found, expected = mean_logits(logits), combine(torch.from_numpy(logits)).numpy()
-    assert found.dtype == np.float32 and np.array_equal(logits, before)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Test-time augmentation: several views of one image, and the mean of what a network says of them. Needs no torch.
+"""Several views of one image, of which a network's answers are averaged: the plain centre, its mirror, the corners.
 
 A network that was trained on mirrored images may be asked about the mirror; one that never saw any should not be. In CT
 the sides mean something: where a label names a side, or situs, a mirrored view is another patient, so score without
@@ -7,7 +7,6 @@ the sides mean something: where a label names a side, or situs, a mirrored view 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from zoo.data.transforms import center_crop
 from zoo.runs import Preprocessing
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 _CORNERS = ("top left", "top right", "bottom left", "bottom right")
 VIEWS: dict[str, tuple[str, ...]] = {
@@ -53,24 +51,3 @@ def _corners(pixels: Image, size: int) -> list[Image]:
     height, width = pixels.shape[:2]
     side = min(size, -(-min(height, width) * 7 // 8))  # rounded up: a shorter side of int(size / 0.875) gives size
     return [pixels[top : top + side, left : left + side] for top in (0, height - side) for left in (0, width - side)]
-
-
-def mean_logits(logits: Floats) -> Floats:
-    """Return one row of logits for each image: the log of the mean over views of the softmax.
-
-    logits: float32 (V, B, C) of V views; returned: (B, C), whose softmax is the mean probability. Those of a single
-    view are returned as they are. `zoo.training.views.combine` is the same for tensors.
-
-    >>> mean_logits(np.log(np.array([[[0.5, 0.5]], [[0.9, 0.1]]], np.float32))).round(4)
-    array([[-0.3567, -1.204 ]], dtype=float32)
-    """
-    if len(logits) == 1:
-        single: Floats = logits[0]
-        return single
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=2, keepdims=True)
-    log_p = wide - np.log(np.exp(wide).sum(axis=2, keepdims=True))
-    highest = log_p.max(axis=0)
-    log_sum = highest + np.log(np.exp(log_p - highest).sum(axis=0))
-    mean: Floats = (log_sum - math.log(len(logits))).astype(np.float32)
-    return mean

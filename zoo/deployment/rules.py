@@ -13,9 +13,9 @@ from zoo.evaluation.calibration import (
     conformal_quantile,
     fit_temperature,
     operating_thresholds,
-    prediction_sets,
     refer_threshold,
 )
+from zoo.evaluation.conformal import prediction_sets
 from zoo.evaluation.predictions import Predictions
 
 COVERAGE, MAX_ERROR = 0.9, 0.05

@@ -1,4 +1,4 @@
-"""Where a network looked: gradient-weighted activation maps, and images with a part painted over."""
+"""Where a network looked: gradient-weighted activation maps, their picture, and images with a part painted over."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def _split_logits(
 def _views_logits(
     record: RunRecord, model: nn.Module, pixels: Pixels, precision: PrecisionPlan, device: torch.device
 ) -> torch.Tensor:
-    """Return a split's logits over several views of each image (`zoo.data.views`)."""
+    """Return a split's logits over several views of each image (`zoo.training.views`)."""
     assert record.preprocessing is not None
     preprocessing, found = record.preprocessing, []
 

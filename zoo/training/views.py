@@ -1,15 +1,18 @@
-"""What a network says of several views of one image (`zoo.data.views`), combined: for tensors."""
+"""Test-time augmentation: the mean of what a network says of several views of one image."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from zoo.data.views import Image, views_of
+from zoo.data.views import views_of
 from zoo.runs import Preprocessing
+
+Image = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def combine(logits: torch.Tensor) -> torch.Tensor:
