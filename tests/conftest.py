@@ -145,6 +145,26 @@ def trained(_trained_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return _enter(tmp_path / "home", monkeypatch)
 
 
+@pytest.fixture(scope="session")
+def _bundled_template(_trained_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained template with a bundle of tiny s0: ONNX, float32."""
+    from zoo.deployment.export import export
+    from zoo.files import home
+    from zoo.runs import list_runs
+
+    folder = tmp_path_factory.mktemp("bundled") / "home"
+    shutil.copytree(_trained_template, folder)
+    export(next(run.name for run in list_runs(home(folder)) if "--tiny--s0" in run.name), home(folder))
+    return folder
+
+
+@pytest.fixture
+def bundled(_bundled_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """As `trained`, with one bundle: tiny s0 as ONNX in float32."""
+    shutil.copytree(_bundled_template, tmp_path / "home")
+    return _enter(tmp_path / "home", monkeypatch)
+
+
 @pytest.fixture
 def make_recipe() -> Callable[..., Recipe]:
     """Return `make_recipe(name="tiny", **overrides)`: the recipe `tiny`, keys changed as `--set` does."""

@@ -139,7 +139,7 @@ def test_bad_usage_exits_2(zoo, arguments):
         (["compare", "--data", "tiny"], "there is no run on the present split"),
         (
             ["list", "model"],
-            "zoo list takes one of models, recipes, datasets, benchmarks, runs. Got 'model'; did you mean 'models'",
+            "zoo list takes one of models, recipes, datasets, benchmarks, runs, bundles. Got 'model'; did you mean",
         ),
         (["show", "quickstrat"], "nothing here is called 'quickstrat'; did you mean 'quickstart'"),
         (["show", "a" * 3000], "nothing here is called"),

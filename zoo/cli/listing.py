@@ -8,8 +8,8 @@ import typer
 
 from zoo.cli.screen import HomeOption, JsonOption
 
-_HIDDEN = ("path", "hub_id", "origin", "split_digest", "mean", "std", "sha256", "size_bytes", "datasets")
-KINDS = ("models", "recipes", "datasets", "benchmarks", "runs")
+_HIDDEN = ("path", "hub_id", "origin", "split_digest", "mean", "std", "sha256", "size_bytes", "datasets", "run")
+KINDS = ("models", "recipes", "datasets", "benchmarks", "runs", "bundles")
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -27,7 +27,7 @@ def list_(
     json: JsonOption = False,
     home: HomeOption = None,
 ) -> None:
-    """List models, recipes, datasets, benchmarks or runs."""
+    """List models, recipes, datasets, benchmarks, runs or bundles."""
     from zoo.cli.screen import console, print_json, print_table
     from zoo.errors import ZooError, nearest, one_line
 
@@ -37,6 +37,7 @@ def list_(
         "datasets": _datasets,
         "benchmarks": _benchmarks,
         "runs": _runs,
+        "bundles": _bundles,
     }
     if kind not in makers:
         raise ZooError(f"zoo list takes one of {', '.join(KINDS)}. Got {one_line(kind)!r}{nearest(kind, KINDS)}")
@@ -55,7 +56,18 @@ def list_(
     if kind == "models" and (not carried or console().width < 100):
         shown.remove("summary")
     cells = [[_cell(row.get(key)) for key in shown] for row in rows]
-    numbers = ("params", "image size", "images", "classes", "seeds", "val top1", "test top1", "train s", "MB")
+    numbers = (
+        "size MB",
+        "params",
+        "image size",
+        "images",
+        "classes",
+        "seeds",
+        "val top1",
+        "test top1",
+        "train s",
+        "MB",
+    )
     heads = [key.replace("_", " ") for key in shown]
     print_table(heads, cells, numbers=numbers, folded=("name",), cut=("summary", "reason"))
 
@@ -182,12 +194,38 @@ def _runs() -> list[dict[str, Any]]:
     return rows
 
 
+def _bundles() -> list[dict[str, Any]]:
+    """Return what each bundle says of itself; `zoo show` and every use verify its bytes, a listing does not."""
+    from zoo.deployment.bundle import MODEL_FILES, list_bundles, read_record
+    from zoo.errors import ZooError
+    from zoo.files import home
+
+    rows = []
+    for name in list_bundles():
+        row: dict[str, Any] = {"name": name, "status": "damaged", "model": None, "format": None, "precision": None}
+        row |= {"size_MB": None, "val_top1": None, "reason": None, "run": None}
+        try:
+            record = read_record(home().bundles / name)
+            files = [home().bundles / name / each for each in MODEL_FILES[record.format]]
+            row |= {"model": record.model, "format": record.format, "precision": record.precision}
+            row |= {"size_MB": round(sum(file.stat().st_size for file in files) / 1e6, 3), "status": "gate not run"}
+            row |= {"val_top1": record.val.get("top1"), "run": record.run}
+            if "passed" in record.parity:
+                row["status"] = "gate passed" if record.parity["passed"] else "gate failed"
+        except (ZooError, OSError) as error:
+            row["reason"] = str(error)
+        rows.append(row)
+    return rows
+
+
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="Recipe, model, dataset, benchmark or run.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME_OR_PATH", help="Recipe, model, dataset, benchmark, run or bundle.")
+    ],
     json: JsonOption = False,
     home: HomeOption = None,
 ) -> None:
-    """Show everything about one recipe, benchmark, dataset, run or model."""
+    """Show everything about one recipe, benchmark, dataset, run, bundle or model; of a bundle its model card."""
     from zoo.cli.screen import console, print_json
     from zoo.files import to_json
 
@@ -196,6 +234,14 @@ def show(
         print_json(found)
         return
     out = console()
+    if found["kind"] == "bundle":
+        from rich.markdown import Markdown
+
+        if out.is_terminal:
+            out.print(Markdown(found["card"], hyperlinks=False))
+        else:
+            typer.echo(found["card"])
+        return
     for key, value in found.items():
         text = to_json(value, indent=2) if isinstance(value, (dict, list)) else _cell(value)
         out.print(f"{key}: {text}", markup=False, soft_wrap=True)
@@ -206,6 +252,7 @@ def _find(name: str) -> dict[str, Any]:
     from zoo.benchmark.definition import list_benchmarks, load_benchmark
     from zoo.data.canonical import canonical_names, canonical_record
     from zoo.data.manifest import list_datasets, load_dataset, split_summary
+    from zoo.deployment.bundle import find_bundle, list_bundles, open_bundle
     from zoo.errors import ZooError, nearest, one_line
     from zoo.files import home
     from zoo.models.registry import find_model
@@ -237,12 +284,18 @@ def _find(name: str) -> dict[str, Any]:
         metrics = {split: run.metrics(split) for split in ("val", "test") if run.metrics_file(split).is_file()}
         return {"kind": "run", "name": run.name, **run.record.model_dump(mode="json"), "metrics": metrics}
     try:
+        folder = find_bundle(name)
+    except ZooError:
+        folder = None
+    if folder is not None:
+        bundle = open_bundle(folder)
+        size = {"kind": "bundle", "path": str(bundle.path), "size_bytes": bundle.size_bytes}
+        return {**size, **bundle.record.model_dump(mode="json"), "card": bundle.card}
+    try:
         spec = find_model(name)
     except ZooError:
-        hint = nearest(name, [*recipes, *benches, *datasets, *runs])
-        raise ZooError(
-            f"nothing here is called {one_line(name)!r}{hint}; see `zoo list models|recipes|datasets|benchmarks|runs`"
-        ) from None
+        hint = nearest(name, [*recipes, *benches, *datasets, *runs, *list_bundles()])
+        raise ZooError(f"nothing here is called {one_line(name)!r}{hint}; see `zoo list {'|'.join(KINDS)}`") from None
     from dataclasses import asdict
 
     facts = asdict(spec) | {"preprocessing": spec.preprocessing.model_dump()}

@@ -146,6 +146,24 @@ def read_header(data: bytes) -> Header:
         raise BadImage(_reason(error)) from error
 
 
+def read_size(data: bytes) -> tuple[str, int, int, bool]:
+    """Return format, width and height in pixels, and whether there are several pictures, decoding nothing at all.
+
+    `read_header` tells more, and loads a whole PNG for it. A GIF's frames are not looked for. Of a DICOM width and
+    height are 0. Raises BadImage.
+    """
+    reader = _reader(data)
+    if reader is None:
+        return "DICOM", 0, 0, False
+    try:
+        with _quiet_pillow(), reader(io.BytesIO(data)) as image:
+            animated = image.format != "GIF" and bool(getattr(image, "is_animated", False))
+            several = _pages(image) > 1 if image.format == "TIFF" else animated
+            return str(image.format), *image.size, several
+    except Exception as error:
+        raise BadImage(_reason(error)) from error
+
+
 def _pages(image: ImageFile.ImageFile) -> int:
     """Return how many whole images a TIFF holds; thumbnails and masks (NewSubfileType) do not count."""
     count = 0

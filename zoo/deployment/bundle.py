@@ -138,21 +138,25 @@ def open_bundle(name: str | os.PathLike[str], root: Home | None = None) -> Bundl
     """
     folder = find_bundle(name, root)
     listed = _check_sums(folder)
-    if (folder / RECORD).stat().st_size > MAX_RECORD_BYTES:
-        raise _refused(folder, f"{RECORD} is larger than {MAX_RECORD_BYTES >> 20} MiB")
-    raw = read_json(folder / RECORD)
-    try:
-        record = BundleRecord.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise _refused(folder, f"{RECORD} is damaged at {key!r}: {one_line(first['msg'])}") from error
+    record = read_record(folder)
     expected = {*MODEL_FILES[record.format], CARD, SAMPLE}
     if set(record.files) != expected or set(listed) != expected | {RECORD}:
         raise _refused(folder, f"it must hold {', '.join(sorted(expected))}. Got {', '.join(sorted(listed))}")
     if any(listed[each] != digest for each, digest in record.files.items()):
         raise _refused(folder, f"{RECORD} and {SUMS} name different digests")
     return Bundle(folder, record)
+
+
+def read_record(folder: Path) -> BundleRecord:
+    """Return what a bundle's folder says of itself, unverified: for a listing; raises ZooError where it is damaged."""
+    if (folder / RECORD).stat().st_size > MAX_RECORD_BYTES:
+        raise _refused(folder, f"{RECORD} is larger than {MAX_RECORD_BYTES >> 20} MiB")
+    try:
+        return BundleRecord.model_validate(read_json(folder / RECORD))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = one_line(".".join(str(part) for part in first["loc"]), 80)
+        raise _refused(folder, f"{RECORD} is damaged at {key!r}: {one_line(first['msg'])}") from error
 
 
 def seal(folder: Path, record: BundleRecord) -> BundleRecord:

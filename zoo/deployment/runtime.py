@@ -15,6 +15,9 @@ from zoo.errors import ZooError, one_line
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Run = Callable[[Floats], list[np.ndarray[Any, Any]]]
 
+# From 1.29 on ONNX Runtime calls home and keeps a device's id on disk; it looks once, when it is imported.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
 INPUT, LOGITS, MAP = "images", "logits", "activation_map"
 _OPENVINO_HINTS = {"float32": "f32", "int8": "f32", "fp16": "f16", "bf16": "bf16"}
 

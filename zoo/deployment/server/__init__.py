@@ -1,0 +1,1 @@
+"""Serving bundles over HTTP: the app, its limits, its queue, and the page. Needs the extra `serve`, and no torch."""

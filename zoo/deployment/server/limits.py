@@ -1,0 +1,156 @@
+"""What a request may cost, checked before anything is decoded: bytes, pixels, images, seconds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+from zoo.data.decode import MAX_PIXELS, BadImage, read_size
+
+# What the first bytes must be. GIF and PPM, which training reads too, are not taken from strangers.
+_TAKEN = frozenset({"PNG", "JPEG", "WEBP", "TIFF", "BMP", "DICOM"})
+TAKEN = "PNG, JPEG, WebP, TIFF, BMP, DICOM"
+_TYPES = re.compile(r"image/(png|jpeg|jpg|webp|tiff|bmp|x-ms-bmp)|application/(dicom|octet-stream)")
+HEAVY_PIXELS = 8_000_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Everything that is bounded. Bytes are of bodies, pixels of one image as its header says.
+
+    held_bytes: of all bodies that are in memory at one time. queue_images: accepted and not answered yet.
+    batch_images: computed together. deadline_s: from a read body to its answer. header_s: for a request's head.
+    body_s, bytes_per_s, body_longest_s: a body has `body_s` seconds and one more per `bytes_per_s` bytes that came,
+    `body_longest_s` at most. idle_s: between requests. write_s: for a client that does not read its answer.
+    grace_s: at the end,
+    for what is in flight.
+    """
+
+    body_bytes: int = 32 << 20
+    held_bytes: int = 256 << 20
+    pixels: int = min(50_000_000, MAX_PIXELS)
+    images: int = 32
+    queue_images: int = 64
+    batch_images: int = 8
+    connections: int = 1000
+    deadline_s: float = 30.0
+    header_s: float = 10.0
+    body_s: float = 10.0
+    bytes_per_s: int = 16 << 10
+    body_longest_s: float = 120.0
+    idle_s: float = 15.0
+    write_s: float = 20.0
+    grace_s: float = 20.0
+
+    def fitting(self) -> Limits:
+        """Return the limits with what may be held at least one body, and no request larger than the queue."""
+        held = max(self.held_bytes, 2 * self.body_bytes)
+        return replace(self, held_bytes=held, images=min(self.images, self.queue_images))
+
+
+class Refused(Exception):
+    """An answer other than 200: its status, one line without anything that the client sent, and its headers."""
+
+    def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.reason, self.headers = status, reason, headers or {}
+
+
+class ClientGone(Exception):
+    """The client closed the connection, or was too slow."""
+
+
+def busy(seconds: float = 1.0, reason: str = "busy; try again") -> Refused:
+    """Return 503 with Retry-After, whole seconds from 1 to 60."""
+    return Refused(503, reason, {"Retry-After": str(min(60, max(1, round(seconds + 0.5))))})
+
+
+def content_type_of(value: str | None) -> str:
+    """Return the media type of a Content-Type, lower case and without parameters; empty where there is none.
+
+    >>> content_type_of("Image/PNG; charset=x")
+    'image/png'
+    """
+    return (value or "").partition(";")[0].strip().lower()
+
+
+def is_image_type(media_type: str) -> bool:
+    """Return whether a raw body of this media type is taken."""
+    return _TYPES.fullmatch(media_type) is not None
+
+
+class Held:
+    """Counts the bytes of all bodies in memory; used in the event loop's thread alone."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes = limit, 0
+
+    def take(self, count: int) -> None:
+        """Count more bytes; raises Refused 503 where they would be too many."""
+        if self.bytes + count > self.limit:
+            raise busy(2.0, "busy: too many bytes are waiting; try again")
+        self.bytes += count
+
+    def give(self, count: int) -> None:
+        """Count bytes as gone."""
+        self.bytes -= count
+
+
+class Body:
+    """A request's body in memory, counted while it comes; `with` gives its bytes back to what may be held."""
+
+    def __init__(self, limits: Limits, held: Held) -> None:
+        self.limits, self.held, self.data, self._taken = limits, held, bytearray(), 0
+
+    def __enter__(self) -> Body:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.held.give(self._taken)
+        self._taken, self.data = 0, bytearray()
+
+    async def read(self, chunks: AsyncIterator[bytes], length: str | None, encoding: str | None) -> None:
+        """Read all chunks; raises Refused 413 above the limit, before reading where the length says so already."""
+        most = self.limits.body_bytes
+        if (encoding or "identity").strip().lower() not in ("identity", ""):
+            raise Refused(415, "compressed bodies are not taken; send the file as it is")
+        if length is not None and (not length.isascii() or not length.isdigit() or int(length[:20]) > most):
+            raise Refused(413, f"the body may have {most} bytes at the most")
+        async for chunk in chunks:
+            if len(self.data) + len(chunk) > most:
+                raise Refused(413, f"the body may have {most} bytes at the most")
+            self.held.take(len(chunk))
+            self._taken += len(chunk)
+            self.data += chunk
+        if not self.data:
+            raise Refused(400, "the body is empty; send an image")
+
+
+def check_image(data: bytes, max_pixels: int) -> int:
+    """Return an image's pixels as its header says, 0 for DICOM, without decoding any.
+
+    Raises Refused: 415 for a format that is not taken, 413 for too many pixels, 422 for what is damaged, or holds
+    several pictures: which of them was meant, nobody can say.
+    """
+    try:
+        form, width, height, several = read_size(data)
+    except BadImage as bad:
+        raise refused_image(bad) from None
+    if form not in _TAKEN:
+        raise Refused(415, f"this format is not taken; send {TAKEN}")
+    if width * height > max_pixels:
+        raise Refused(413, f"too large: {width} x {height} pixels, more than {max_pixels}")
+    if several:
+        raise Refused(422, "several pictures in one file; send each that counts as a file of its own")
+    return width * height
+
+
+def refused_image(bad: BadImage) -> Refused:
+    """Return the answer for an image that the decoder refused."""
+    reason = str(bad)
+    if reason.startswith("too large"):
+        return Refused(413, reason)
+    if reason.startswith("no image"):
+        return Refused(415, f"no image; send {TAKEN}")
+    return Refused(422, reason)

@@ -1,0 +1,126 @@
+"""HTTP/1.1 with deadlines: uvicorn never closes a silent or a slow connection, and so a few hundred would be enough."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from zoo.deployment.server.limits import Limits
+from zoo.deployment.server.metrics import Metrics
+
+_DRAIN_S = 5.0  # for the rest of a body that nobody wants any more
+_WAITING = (h11.IDLE, h11.SEND_RESPONSE)
+
+
+class TimedProtocol(H11Protocol):
+    """A connection that `check`, called about twice a second, closes where its client is too slow.
+
+    Timed are the head of a request, its body by the bytes that came, the pause between requests, and a client that
+    does not read what it asked for; not the time that the server itself takes.
+    """
+
+    def __init__(self, limits: Limits, metrics: Metrics, **words: Any) -> None:
+        super().__init__(**words)
+        self.limits, self.metrics = limits, metrics
+        self._since, self._got, self._reading = self.loop.time(), 0, self.conn.their_state
+        self._unread_since: float | None = None
+        self._closing_since: float | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Accept a connection; above the limit, the one that has been waiting for its client longest has to go."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            waiting = [each for each in self.connections if isinstance(each, TimedProtocol) and each.is_waiting]
+            victim = min(waiting, key=lambda each: each._since, default=self)
+            self.metrics.closed.labels("crowd").inc()
+            victim.transport.abort()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is nothing to answer yet."""
+        return self.conn.their_state is h11.IDLE and not self.transport.is_closing()
+
+    def data_received(self, data: bytes) -> None:
+        """Count what came since the request, or its body, began."""
+        if self._got == 0:
+            self._since = self.loop.time()
+        self._got += len(data)
+        super().data_received(data)
+        if self.conn.their_state is not self._reading:
+            self._reading, self._since, self._got = self.conn.their_state, self.loop.time(), 1
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next request, or for the rest of a body that nobody wants."""
+        self._since, self._got = self.loop.time(), 0
+        super().on_response_complete()
+        self._reading = self.conn.their_state
+
+    def pause_writing(self) -> None:
+        """Note that the client does not read."""
+        self._unread_since = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """Note that the client reads."""
+        self._unread_since = None
+        super().resume_writing()
+
+    def check(self, now: float) -> None:
+        """Close the connection where its time is over; `now` is the loop's time in seconds."""
+        if self.transport.is_closing():
+            self._closing_since = now if self._closing_since is None else self._closing_since
+            if now - self._closing_since > self.limits.write_s:
+                self.transport.abort()
+            return
+        if self._unread_since is not None and now - self._unread_since > self.limits.write_s:
+            self._give_up("answer")
+            return
+        waited, state = now - self._since, self.conn.their_state
+        if state is h11.IDLE and self._got == 0:
+            first = self.cycle is None
+            if waited > (self.limits.header_s if first else self.limits.idle_s):
+                self._give_up("idle", close=True)
+        elif state is h11.IDLE and waited > self.limits.header_s:
+            self._give_up("head", status=408)
+        elif state is h11.SEND_BODY and self.conn.our_state is h11.DONE and waited > _DRAIN_S:
+            self._give_up("rest")
+        elif state is h11.SEND_BODY and waited > self._body_s():
+            self._give_up("body", status=408)
+
+    def _body_s(self) -> float:
+        return min(self.limits.body_longest_s, self.limits.body_s + self._got / self.limits.bytes_per_s)
+
+    def _give_up(self, phase: str, status: int = 0, close: bool = False) -> None:
+        self.metrics.closed.labels(phase).inc()
+        if status:
+            self._send_last(status, "too slow; the connection is closed")
+        elif close:
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, or no more."""
+        self._send_last(400, "this is no valid HTTP request")
+
+    def _send_last(self, status: int, reason: str) -> None:
+        """Send an answer, where none was begun, and close."""
+        if self.conn.our_state in _WAITING:
+            body = json.dumps({"error": reason}).encode()
+            headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+            headers += [("Connection", "close"), ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
+            self.metrics.requests.labels("unread", str(status)).inc()
+            for event in (
+                h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: no WebSocket is served, and the request is answered as any other."""

@@ -1,0 +1,220 @@
+"""Images of all requests on their way: a bounded queue, a pool that decodes, one thread that computes in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from zoo.data.decode import BadImage
+from zoo.deployment.server.limits import HEAVY_PIXELS, ClientGone, Limits, Refused, busy, check_image, refused_image
+from zoo.deployment.server.metrics import Metrics
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Predicts(Protocol):
+    """What is asked of a `zoo.deployment.predictor.Predictor`; its methods are called from several threads."""
+
+    classes: list[str]
+    preprocessing: Any
+
+    def prepare(self, data: bytes, max_pixels: int = ...) -> Pixels: ...  # noqa: D102
+    def logits(self, images: Sequence[Pixels]) -> tuple[Floats, Floats | None]: ...  # noqa: D102
+    def answers(self, logits: Floats) -> Sequence[Any]: ...  # noqa: D102
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One image's answer and its class map (h, w), or why there is none."""
+
+    answer: Any = None
+    heat: Floats | None = None
+    size: tuple[int, int] = (0, 0)
+    refused: Refused | None = None
+
+
+@dataclass(slots=True)
+class _Request:
+    """All images of one request; `outcomes` fills up in the event loop's thread."""
+
+    done: asyncio.Future[None]
+    outcomes: list[Outcome | None]
+    left: int
+    gone: bool = False
+
+
+@dataclass(slots=True)
+class _Job:
+    request: _Request
+    index: int
+    model: str
+    data: bytes
+    pixels: Pixels | None = None
+    outcome: Outcome = field(default_factory=Outcome)
+
+
+class WorkQueue:
+    """Bounded: what does not fit is refused at once with 503, so that those in it are answered in time.
+
+    An image is checked and decoded by one of a few threads, big ones by a thread of their own, one after the other.
+    The network runs in one thread: whatever waits when it is free is computed together, up to `batch_images` of a
+    model, without waiting for more.
+    """
+
+    def __init__(self, models: Mapping[str, Predicts], limits: Limits, metrics: Metrics, decoders: int) -> None:
+        self.models, self.limits, self.metrics = models, limits, metrics
+        self.images = 0
+        self._decoders = ThreadPoolExecutor(max(1, decoders), "decode")
+        self._heavy = ThreadPoolExecutor(1, "decode-heavy")
+        self._waiting: deque[_Job] = deque()
+        self._awake = threading.Condition()
+        self._stopped = False
+        self._image_s = 0.05  # lately, per image
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._compute, name="inference", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work for the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the threads; whatever is still in the queue is dropped."""
+        with self._awake:
+            self._stopped = True
+            self._awake.notify()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._heavy.shutdown(wait=False, cancel_futures=True)
+
+    def check_room(self, images: int = 1) -> None:
+        """Raise Refused 503 where so many images have no room; Retry-After is when half of the queue is done."""
+        if self.images + images > self.limits.queue_images:
+            self.metrics.full.inc()
+            raise busy(self.images / 2 * self._image_s)
+
+    async def predict(self, model: str, images: Sequence[bytes], gone: asyncio.Future[Any]) -> list[Outcome]:
+        """Return an outcome per image; `gone` ends when the client left, and then nothing more is computed for it.
+
+        Raises Refused 503 where the queue is full or the deadline passed, ClientGone where the client left.
+        """
+        self.check_room(len(images))
+        assert self._loop is not None
+        request = _Request(self._loop.create_future(), [None] * len(images), len(images))
+        self.images += len(images)
+        for index, data in enumerate(images):
+            self._decoders.submit(self._decode, _Job(request, index, model, data), False)
+        try:
+            await asyncio.wait((request.done, gone), timeout=self.limits.deadline_s, return_when="FIRST_COMPLETED")
+            if not request.done.done():
+                if gone.done():
+                    raise ClientGone
+                raise busy(self.images / 2 * self._image_s, "busy: no answer in time; try again")
+        finally:
+            request.gone = True
+        return [outcome for outcome in request.outcomes if outcome is not None]
+
+    def _decode(self, job: _Job, heavy: bool) -> None:
+        """In a decoder's thread: from bytes to pixels, which the network's thread then finds waiting."""
+        try:
+            if job.request.gone:
+                self._settle([job])
+                return
+            started = time.perf_counter()
+            if not heavy and check_image(job.data, self.limits.pixels) > HEAVY_PIXELS:
+                self._heavy.submit(self._decode, job, True)
+                return
+            job.pixels = self.models[job.model].prepare(job.data, max_pixels=self.limits.pixels)
+            job.outcome.size = job.pixels.shape[:2]
+            self.metrics.decode_seconds.observe(time.perf_counter() - started)
+        except Refused as refused:
+            job.outcome.refused = refused
+        except BadImage as bad:
+            job.outcome.refused = refused_image(bad)
+        except RuntimeError:  # the pools are closed
+            job.outcome.refused = busy()
+        except Exception as error:
+            job.outcome.refused = _broken(error)
+        job.data = b""
+        if job.outcome.refused is not None:
+            self._settle([job])
+            return
+        with self._awake:
+            self._waiting.append(job)
+            self._awake.notify()
+
+    def _compute(self) -> None:
+        """In the network's thread."""
+        while batch := self._next_batch():
+            wanted = [job for job in batch if not job.request.gone]
+            if wanted:
+                started = time.perf_counter()
+                self._run(wanted)
+                seconds = time.perf_counter() - started
+                self._image_s += 0.1 * (seconds / len(wanted) - self._image_s)
+                self.metrics.batch.observe(len(wanted))
+                self.metrics.inference_seconds.labels(batch[0].model).observe(seconds)
+            self._settle(batch)
+            batch = wanted = []  # while waiting, no image of anybody is kept
+
+    def _next_batch(self) -> list[_Job]:
+        """Wait for images; return those that came first and, of the same model, as many as go together."""
+        with self._awake:
+            while not self._waiting and not self._stopped:
+                self._awake.wait()
+            if self._stopped:
+                return []
+            model = self._waiting[0].model
+            batch: list[_Job] = []
+            passed: list[_Job] = []
+            while self._waiting and len(batch) < self.limits.batch_images:
+                job = self._waiting.popleft()
+                (batch if job.model == model else passed).append(job)
+            self._waiting.extendleft(reversed(passed))
+            return batch
+
+    def _run(self, jobs: list[_Job]) -> None:
+        try:
+            predictor = self.models[jobs[0].model]
+            logits, heats = predictor.logits([job.pixels for job in jobs if job.pixels is not None])
+            for place, (job, answer) in enumerate(zip(jobs, predictor.answers(logits), strict=True)):
+                job.outcome.answer = answer
+                if heats is not None:
+                    label = predictor.classes.index(answer.label)
+                    job.outcome.heat = heats[place, label].copy()
+        except Exception as error:
+            for job in jobs:
+                job.outcome.refused = _broken(error)
+
+    def _settle(self, jobs: list[_Job]) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._finish, jobs)
+        except RuntimeError:  # the loop has ended
+            return
+
+    def _finish(self, jobs: list[_Job]) -> None:
+        """In the event loop's thread: the only place where an image leaves the queue."""
+        self.images -= len(jobs)
+        for job in jobs:
+            request = job.request
+            request.outcomes[job.index] = job.outcome
+            request.left -= 1
+            if request.left == 0 and not request.done.done():
+                request.done.set_result(None)
+
+
+def _broken(error: Exception) -> Refused:
+    """Return 500; the error's words, which may hold what was sent, go nowhere."""
+    from zoo.deployment.server.gate import log_broken
+
+    log_broken(error)
+    return Refused(500, "something in this server is broken; its log says where")
