@@ -148,7 +148,7 @@ def _print_line(line: str) -> None:
 
 
 def _encoded(line: str) -> bytes:
-    r"""Return a line as UTF-8; what is no character, in a file's name of another encoding, as `\\udcff`."""
+    r"""Return a line as UTF-8; what is no character, in a file's name of another encoding, as `\udcff`."""
     return line.encode("utf-8", "backslashreplace")
 
 

@@ -79,11 +79,13 @@ def listed_images(stream: IO[bytes], name: str) -> list[Path]:
     """Return the files of a list, one a line, or with zero bytes between them as `find -print0` writes them.
 
     A folder means all images below it. Names are bytes, whatever their encoding; empty lines are left out. What is not
-    there is listed too: it becomes a row with that reason, so that one lost file costs no list its other rows. Raises ZooError where the list, called so, is empty or larger than 256 MiB.
+    there is listed too: it becomes a row with that reason, so that one lost file costs no list its other rows. Raises
+    ZooError where the list, called so, names nothing or is larger than 256 MiB.
     """
-    data = stream.read(MAX_LIST_BYTES + 1).removeprefix(b"\xef\xbb\xbf")  # as some editors begin a text
+    data = stream.read(MAX_LIST_BYTES + 1)
     if len(data) > MAX_LIST_BYTES:
         raise ZooError(f"list {one_line(name)!r} is larger than {MAX_LIST_BYTES >> 20} MiB; give folders or patterns")
+    data = data.removeprefix(b"\xef\xbb\xbf")  # as some editors begin a text
     parts = data.split(b"\0") if b"\0" in data else [line.removesuffix(b"\r") for line in data.split(b"\n")]
     paths = [Path(os.fsdecode(part)) for part in parts if part.strip()]
     if not paths:

@@ -139,7 +139,7 @@ class Predictor:
         if isinstance(found, Bundle):
             if device not in ("auto", "cpu"):
                 raise ZooError(
-                    f"bundles run on the CPU. Got device {one_line(device, 60)!r}; leave it out, or predict with the run"
+                    f"bundles run on the CPU. Got device {one_line(device, 60)!r}; leave it out, or take the run"
                 )
             return cls._of_bundle(found, threads)
         from zoo.deployment.run_network import open_run
