@@ -21,6 +21,7 @@ _PLACES = {
     "compare": "zoo.benchmark.comparisons",
     "create_model": "zoo.models.registry",
     "evaluate": "zoo.training.scoring",
+    "export": "zoo.deployment.export",
     "fold_dataset": "zoo.data.resplit",
     "find_lr": "zoo.reporting.lr_range",
     "find_model": "zoo.models.registry",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from zoo.data.resplit import fold_dataset as fold_dataset
     from zoo.data.resplit import resplit_dataset as resplit_dataset
     from zoo.data.sources import import_dataset as import_dataset
+    from zoo.deployment.export import export as export
     from zoo.deployment.predictor import Predictor as Predictor
     from zoo.errors import ZooError as ZooError
     from zoo.files import Home as Home

@@ -33,6 +33,8 @@ from zoo.deployment.bundle import (
     open_bundle,
     seal,
 )
+from zoo.deployment.card import card_text
+from zoo.deployment.evidence import card_facts
 from zoo.deployment.graph import write_onnx, write_openvino
 from zoo.deployment.parity import (
     MARGIN,
@@ -207,14 +209,17 @@ def _make(job: _Job, folder: Path, say: Note) -> tuple[dict[str, Any], Predictio
             f"{job.name!r} is not written, for it is not the network that was trained: {verdict['reason']}; "
             + _remedy(job.precision)
         )
+    test = predictions_of(job.run, "test") if job.run.scored("test") else None
     record = record.model_copy(
         update={
             "rules": fit_rules(artefact, job.record.classes, job.record.negative_class),
             "parity": verdict,
             "val": scores(artefact, job.record),
-            "test": scores(predictions_of(job.run, "test"), job.record) if job.run.scored("test") else None,
+            "test": None if test is None else scores(test, job.record),
         }
     )
+    facts = card_facts(job.record, record, job.dataset, job.root, artefact, test)
+    (folder / CARD).write_text(card_text(record, facts), encoding="utf-8")
     seal(folder, record)
     return verdict, artefact
 

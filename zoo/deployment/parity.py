@@ -32,6 +32,7 @@ TIE = 2.0**-17
 """Two classes whose reference logits are nearer than this part of the image's greatest absolute logit are a tie: which
 of them is highest is rounding, and either is the reference's label."""
 _BATCH = 32
+OF_LABELS = ("top1", "balanced_accuracy", "macro_f1", "macro_precision", "macro_recall", "sensitivity", "specificity")
 Progress = Callable[[int, int], None]
 _Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -129,7 +130,8 @@ def judge(
     - `flips`: labels that differ and are no tie: `harmful` (the reference is right), `beneficial` (the artefact is),
       `neutral` (neither).
     - `metric`, and of it `reference`, `artefact`, `change` (artefact less reference) and `change_ci` [low, high], the
-      paired interval over groups of `zoo.evaluation.statistics.paired_comparisons`; `margin`.
+      paired interval over groups of `zoo.evaluation.statistics.paired_comparisons`, [0, 0] for a metric of labels where
+      no label differs; `unseen_flips`: how many of new groups may hold a flip all the same (`unseen_flips`); `margin`.
     - `passed`, and `reason`, a sentence where it did not. float32 passes where all labels agree and logits differ by
       FLOAT32_DIFFERENCE at most; another precision where the interval's worse end is no worse than the margin.
 
@@ -146,6 +148,10 @@ def judge(
     pair = paired_comparisons({"artefact": [artefact], "reference": [reference]}, metric, negative=negative)[0]
     values = {name: _value(each, metric, negative) for name, each in (("reference", reference), ("artefact", artefact))}
     ends = [pair.low, pair.high]
+    if not any(found["flips"].values()) and not found["ties"] and metric in OF_LABELS:
+        # The same labels give the same score whichever groups are drawn; what so few cannot show is told beside it.
+        ends = [0.0, 0.0]
+    found["unseen_flips"] = unseen_flips(found["groups"]) if not any(found["flips"].values()) else None
     found |= {
         "metric": metric,
         **values,
@@ -155,6 +161,18 @@ def judge(
     }
     fault = _float32_fault(found) if precision == "float32" else _margin_fault(found)
     return {**found, "passed": fault is None, "reason": fault}
+
+
+def unseen_flips(groups: int) -> float:
+    """Return how many of new groups may hold a flipped label, in [0, 1], where none of `groups` does: 95 % bound.
+
+    The exact one-sided bound of no event among n, near 3 / n (Hanley and Lippman-Hand 1983,
+    doi 10.1001/jama.1983.03330370053031).
+
+    >>> round(unseen_flips(100), 4)
+    0.0295
+    """
+    return float(1 - 0.05 ** (1 / groups))
 
 
 def check_gate(metric: str, margin: float) -> None:
