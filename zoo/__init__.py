@@ -34,6 +34,7 @@ _PLACES = {
     "load_dataset": "zoo.data.manifest",
     "load_model": "zoo.training.scoring",
     "load_recipe": "zoo.recipe",
+    "pick": "zoo.benchmark.picking",
     "plan": "zoo.benchmark.outlook",
     "plot_confusion_matrices": "zoo.reporting.plots",
     "plot_learning_curves": "zoo.reporting.plots",
@@ -53,6 +54,7 @@ __all__ = ["__version__", *sorted(_PLACES)]  # noqa: PLE0604
 if TYPE_CHECKING:
     from zoo.benchmark.comparisons import compare as compare
     from zoo.benchmark.outlook import plan as plan
+    from zoo.benchmark.picking import pick as pick
     from zoo.benchmark.reports import report as report
     from zoo.benchmark.suite import bench as bench
     from zoo.benchmark.tune import tune as tune

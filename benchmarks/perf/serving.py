@@ -5,7 +5,8 @@ named, else one of each of `--models`, exported from a short training run on mad
 are posted over loopback by `--busy` connections, each of which asks anew as soon as it is answered, so that the server
 is saturated; in turns with that, in a process of its own and on the same cores, the same predictor answers the same
 bytes: decode, batch, compute, answer, at the best of some batch sizes. `ratio` is the median rate of the server over
-the median rate of the predictor. The clients share the server's cores: `client_cores` is what they took.
+the median rate of the predictor, `cpu_ratio` the same of the seconds that each had a core for an image, which a busy
+machine changes less. The clients share the server's cores: `client_cores` is what they took.
 
 Then `--clients` connections ask for `--seconds`; each waits as long as a 503's Retry-After says. `statuses` counts the
 answers, `bad` those that are neither 200, 4xx, nor 503 with Retry-After, and connections that broke.
@@ -91,18 +92,18 @@ def make_bundle(model: str, folder: Path) -> str:
 # The predictor alone ----------------------------------------------------------------------------------------------
 
 
-def alone(task: dict[str, Any]) -> dict[str, float]:
-    """Return images per second of the predictor by batch size, each for `seconds`."""
-    from zoo.deployment.server.served import Predictor
+def alone(task: dict[str, Any]) -> dict[str, list[float]]:
+    """Return images per second of the predictor, and its milliseconds of a core for each, by batch size."""
+    from zoo.deployment.predictor import Predictor
 
     predictor = Predictor.load(task["bundle"])
     images = photos(IMAGES)
     rates = {}
     for batch in BATCHES:
-        done, started, end = 0, 0.0, 0.0
+        done, started, cpu, end = 0, 0.0, 0.0, 0.0
         for turn in range(1 << 30):
             if turn == 2:  # the first two warm up
-                done, started = 0, time.perf_counter()
+                done, started, cpu = 0, time.perf_counter(), time.process_time()
                 end = started + task["seconds"] / len(BATCHES)
             chosen = [images[(done + each) % IMAGES] for each in range(batch)]
             logits, _maps = predictor.logits([predictor.prepare(each) for each in chosen])
@@ -110,7 +111,8 @@ def alone(task: dict[str, Any]) -> dict[str, float]:
             done += batch
             if turn >= 2 and time.perf_counter() > end:
                 break
-        rates[str(batch)] = done / (time.perf_counter() - started)
+        rate = done / (time.perf_counter() - started)
+        rates[str(batch)] = [rate, (time.process_time() - cpu) / done * 1000]
     return rates
 
 
@@ -242,14 +244,16 @@ def served(bundle: str) -> Iterator[tuple[int, int]]:
 
 
 def cpu_s(process: int) -> float:
-    """Return the seconds that a process had a core."""
+    """Return the seconds that a process and those that it started had a core."""
     words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    started = [each.read_text().split() for each in Path(f"/proc/{process}/task").glob("*/children")]
+    own = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(cpu_s(int(each)) for some in started for each in some)
 
 
 def measure(model: str, bundle: str, chosen: argparse.Namespace) -> dict[str, Any]:
     """Return the row of one bundle."""
-    own: list[dict[str, float]] = []
+    own: list[dict[str, list[float]]] = []
     busy: list[dict[str, Any]] = []
     with served(bundle) as (port, process):
         for _turn in range(chosen.turns):
@@ -257,13 +261,16 @@ def measure(model: str, bundle: str, chosen: argparse.Namespace) -> dict[str, An
             task = {"port": port, "clients": chosen.busy, "seconds": chosen.turn_seconds, "patient": True}
             before, started = cpu_s(process), time.perf_counter()
             busy.append(in_process("--ask", task))
-            busy[-1]["server_cores"] = (cpu_s(process) - before) / (time.perf_counter() - started)
+            used, answered = cpu_s(process) - before, max(1, busy[-1]["statuses"].get("200", 0))
+            busy[-1]["server_cores"] = used / (time.perf_counter() - started)
+            busy[-1]["server_cpu_ms"] = used / answered * 1000
         crowd = {}
         if chosen.clients:
             task = {"port": port, "clients": chosen.clients, "seconds": chosen.seconds, "patient": True}
             crowd = in_process("--ask", task)
-    best = max(BATCHES, key=lambda batch: np.median([each[str(batch)] for each in own]))
-    mine = float(np.median([each[str(best)] for each in own]))
+    by_batch = {batch: np.median([each[batch] for each in own], axis=0).tolist() for batch in own[0]}
+    best = max(by_batch, key=lambda batch: by_batch[batch][0])
+    mine, mine_cpu = by_batch[best]
     middle = sorted(busy, key=lambda each: each["images_per_s"])[len(busy) // 2]
     return {
         "model": model,
@@ -272,9 +279,11 @@ def measure(model: str, bundle: str, chosen: argparse.Namespace) -> dict[str, An
         **{key: value for key, value in middle.items() if key != "statuses"},
         "statuses": dict(sum((Counter(each["statuses"]) for each in busy), Counter())),
         "predictor_images_per_s": mine,
-        "predictor_batch": best,
-        "predictor_by_batch": {batch: float(np.median([each[batch] for each in own])) for batch in own[0]},
+        "predictor_batch": int(best),
+        "predictor_cpu_ms": mine_cpu,
+        "predictor_images_per_s_by_batch": {batch: rate for batch, (rate, _) in by_batch.items()},
         "ratio": middle["images_per_s"] / mine,
+        "cpu_ratio": mine_cpu / float(np.median([each["server_cpu_ms"] for each in busy])),
         "crowd": {"clients": chosen.clients, "seconds": chosen.seconds, **crowd} if crowd else None,
     }
 
@@ -317,7 +326,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     print(
-        f"{'network':24} {'images/s':>9} {'predictor':>10} {'ratio':>6} {'p50 ms':>7} {'p99 ms':>7} "
+        f"{'network':24} {'images/s':>9} {'predictor':>10} {'ratio':>6} {'of CPU':>7} {'p50 ms':>7} {'p99 ms':>7} "
         f"{'clients use':>12} crowd"
     )
 
@@ -326,7 +335,8 @@ def main() -> None:
         said = f"{crowd['statuses']}, {crowd['bad']} bad, p99 {crowd['latency_p99_ms']:.0f} ms" if crowd else "-"
         print(
             f"{row['model'][:24]:24} {row['images_per_s']:9.1f} {row['predictor_images_per_s']:10.1f} "
-            f"{row['ratio']:6.3f} {row['latency_p50_ms']:7.1f} {row['latency_p99_ms']:7.1f} {row['client_cores']:6.2f} cores {said}",
+            f"{row['ratio']:6.3f} {row['cpu_ratio']:7.3f} {row['latency_p50_ms']:7.1f} {row['latency_p99_ms']:7.1f} "
+            f"{row['client_cores']:6.2f} cores {said}",
             flush=True,
         )
 

@@ -1,4 +1,4 @@
-"""A benchmark's files: floors, table in four formats, and figures, all out of run folders."""
+"""A benchmark's files: table in four formats, and figures, all out of run folders."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""`zoo export`: a finished run as a bundle, once it is proven to be the network that was trained."""
+"""`zoo export`: from a trained run to a bundle that was proven equal to it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -11,6 +10,8 @@ from zoo.cli.screen import HomeOption, JsonOption
 
 if TYPE_CHECKING:
     from zoo.deployment.bundle import Bundle
+
+Precision = Literal["float32", "fp16", "bf16", "int8"]
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -20,84 +21,111 @@ def add_to(parent: typer.Typer) -> None:
 
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Name of `zoo list runs`, or a run's folder.")],
-    format: Annotated[str, typer.Option(help="onnx, or openvino (extra of that name).")] = "onnx",  # noqa: A002
-    int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on val images.")] = False,
-    precision: Annotated[str | None, typer.Option(help="float32, fp16, bf16 or int8.")] = None,
-    margin: Annotated[float, typer.Option(help="What the metric may lose, at its interval's worse end.")] = 0.01,
+    format_: Annotated[str, typer.Option("--format", metavar="onnx|openvino", help="The runtime's format.")] = "onnx",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantise after training, calibrated on val; as --precision int8.")
+    ] = False,
+    precision: Annotated[
+        str | None, typer.Option(metavar="float32|fp16|bf16|int8", help="Number format; float32 where left out.")
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(help="How much a number format other than float32 may cost, a part of the metric.")
+    ] = 0.01,
     metric: Annotated[str, typer.Option(help="The metric that the margin is of.")] = "top1",
-    name: Annotated[str | None, typer.Option(help="Of the bundle; else <run>--<format>-<precision>.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the bundle; else RUN--FORMAT-PRECISION.")] = None,
     json: JsonOption = False,
     home: HomeOption = None,
 ) -> None:
-    """Export a run as a bundle: network, preprocessing, rules, card, proof.
-
-    Network and artefact are asked about every val image. float32 must agree on all labels, other formats may lose at
-    most --margin of --metric; else nothing is written, and the exit code is 1.
-    """
-    from zoo.cli.screen import bars, console, print_json
-    from zoo.deployment.export import export as make
+    """Export a run as a bundle, once it gives the same answers as the network on every val image."""
+    from zoo.cli.screen import bars, print_json
+    from zoo.deployment.export import Format
+    from zoo.deployment.export import export as export_run
     from zoo.errors import ZooError
 
     if int8 and precision not in (None, "int8"):
-        raise ZooError(f"--int8 and --precision {precision} exclude each other; take one")
-    wanted: Any = {"format": format, "precision": "int8" if int8 else precision or "float32"}
-    said: list[str] = []
+        raise ZooError(f"--int8 is --precision int8. Got --precision {precision} too; give one of them")
+    wanted = cast(Precision, "int8" if int8 else precision or "float32")
+    notes: list[str] = []
     with bars(quiet=json) as shown:
-        steps: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            steps.setdefault(what, shown.images(what))(done, total)
-
-        bundle = make(run, margin=margin, metric=metric, name=name, progress=progress, on_note=said.append, **wanted)
+        bundle = export_run(
+            run,
+            format=cast(Format, format_),
+            precision=wanted,
+            margin=margin,
+            metric=metric,
+            name=name,
+            progress=lambda what, done, total: shown.images(what, "" if what == "exporting" else "images")(done, total),
+            on_note=notes.append,
+        )
     if json:
-        print_json(_facts(bundle))
-        return
-    out = console()
-    for note in said:
-        out.print(note, markup=False, soft_wrap=True)
-    for line in _summary(bundle):
-        out.print(line, markup=False, soft_wrap=True)
+        print_json(_document(bundle, notes))
+    else:
+        _print(bundle, notes)
 
 
-def _facts(bundle: Bundle) -> dict[str, Any]:
+def _document(bundle: Bundle, notes: list[str]) -> dict[str, Any]:
     record = bundle.record
-    kept = {key: getattr(record, key) for key in ("run", "format", "precision", "activation_map", "exporter", "parity")}
     return {
         "bundle": bundle.name,
         "path": str(bundle.path),
-        **kept,
-        "size_mib": bundle.size_bytes / 2**20,
+        "run": record.run,
+        "format": record.format,
+        "precision": record.precision,
+        "size_bytes": bundle.size_bytes,
+        "activation_map": record.activation_map,
+        "exporter": record.exporter,
+        "parity": record.parity,
         "rules": record.rules.model_dump(mode="json"),
-        "files": record.files,
+        "val": record.val,
+        "notes": notes,
     }
 
 
-def _summary(bundle: Bundle) -> list[str]:
-    """Return what the gate found, in lines for people."""
-    record, gate = bundle.record, bundle.record.parity
-    flips, ends = gate["flips"], gate["change_ci"]
-    flipped = f"{flips['harmful']} harmful, {flips['beneficial']} beneficial, {flips['neutral']} neutral"
-    change = "not defined" if gate["change"] is None else f"{gate['change']:+.4f}"
-    between = f" [{ends[0]:+.4f}, {ends[1]:+.4f}]" if ends else ""
-    lines = [
-        f"{bundle.name}",
-        f"  gate passed on {gate['images']} val images in {gate['groups']} groups",
-        f"  same label     {gate['top1_agreement']:.2%}   flips: {flipped}",
-        f"  logits         differ by at most {gate['max_abs_difference']:.2g}, "
-        f"{gate['max_relative_difference']:.2g} of the greatest",
-        f"  {gate['metric']:<14} {change}{between}   margin {gate['margin']:g}",
+def _print(bundle: Bundle, notes: list[str]) -> None:
+    from zoo.cli.screen import console, print_table
+
+    record, found, out = bundle.record, bundle.record.parity, console()
+    flips, metric = found["flips"], found["metric"]
+    agreeing = round(found["top1_agreement"] * found["images"])
+    ties = f" ({found['ties']} of them ties)" if found["ties"] else ""
+    rows = [
+        ["same label", f"{agreeing} of {found['images']} val images{ties}"],
+        ["flips", ", ".join(f"{count} {kind}" for kind, count in flips.items())],
+        ["greatest difference", f"{found['max_relative_difference']:.1e} of the greatest logit"],
+        [f"{metric} of the network", _number(found["reference"])],
+        [f"{metric} of the bundle", _number(found["artefact"])],
+        ["change", _change(found)],
+        ["size", f"{bundle.size_bytes / 1e6:.2f} MB"],
+        ["made by", _maker(record.exporter)],
+        ["activation map", "yes" if record.activation_map else "no: the network does not pool and then is linear"],
     ]
-    if gate.get("unseen_flips") is not None and record.precision != "float32":
-        lines.append(f"  not seen       up to {gate['unseen_flips']:.1%} of new groups may hold a flip (95 %)")
-    lines += [
-        f"  file           {bundle.size_bytes / 2**20:.2f} MiB, {record.exporter.get('name', '')}; "
-        f"activation map: {'yes' if record.activation_map else 'no'}",
-        f"  written to     {_short(bundle.path)}",
-        f"next: zoo serve {bundle.name}",
-    ]
-    return lines
+    if found.get("unseen_flips") is not None and record.precision != "float32":
+        rows.insert(2, ["flips not seen", f"up to {found['unseen_flips']:.1%} of new groups may hold one (95 %)"])
+    recorded = found.get("recorded")
+    if recorded:
+        told = f"{recorded['agreement']:.2%} the same labels as when it was trained, in {recorded['precision']}"
+        rows.insert(3, ["against the run's record", told])
+    print_table(["check", "found"], rows, bundle.name, folded=("found",))
+    out.print(f"passed: {bundle.path}", markup=False, soft_wrap=True)
+    for note in notes:
+        out.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
-def _short(path: Path) -> str:
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+def _number(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.4f}"
+
+
+def _change(found: dict[str, Any]) -> str:
+    if found["change"] is None or found["change_ci"] is None:
+        return "not defined"
+    low, high = found["change_ci"]
+    return f"{found['change']:+.4f}, 95% CI [{low:+.4f}, {high:+.4f}]"
+
+
+def _maker(exporter: dict[str, Any]) -> str:
+    from zoo.errors import one_line
+
+    parts = [f"{exporter['name']}, opset {exporter['opset']}"]
+    parts += [f"int8 by {exporter['quantiser']}"] if "quantiser" in exporter else []
+    parts += [f"fallback: {one_line(exporter['fallback'], 80)}"] if "fallback" in exporter else []
+    return "; ".join(parts)

@@ -11,11 +11,9 @@ import numpy as np
 import torch
 
 from zoo.data.cache import Pixels
-from zoo.data.decode import BadImage, decode, resize
-from zoo.data.transforms import normalise, normalise_tensor
-from zoo.data.window import windowing_of
+from zoo.data.transforms import normalise_tensor
 from zoo.deployment.bundle import Bundle
-from zoo.deployment.runtime import Session
+from zoo.deployment.predictor import Predictor
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.metrics import METRIC_SIGN, negative_index
 from zoo.evaluation.predictions import Predictions
@@ -34,7 +32,6 @@ of them is highest is rounding, and either is the reference's label."""
 _BATCH = 32
 OF_LABELS = ("top1", "balanced_accuracy", "macro_f1", "macro_precision", "macro_recall", "sensitivity", "specificity")
 Progress = Callable[[int, int], None]
-_Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def reference_predictions(
@@ -80,36 +77,23 @@ def artefact_predictions(
     if sorted(bundle.record.classes) != sorted(classes):
         raise ZooError(f"bundle {bundle.name!r} has other classes than its run; export it again")
     order = [bundle.record.classes.index(each) for each in classes]
-    files = [Path(pixels.source.file(place)) for place in range(len(pixels))]
-    logits = _logits(bundle, files, pixels, progress)[:, order]
+    predictor, parts = Predictor.load(bundle), []
+    for start in range(0, len(pixels), _BATCH):
+        images = [
+            predictor.prepare(_bytes_of(pixels, place)) for place in range(start, min(start + _BATCH, len(pixels)))
+        ]
+        parts.append(predictor.logits(images)[0])
+        if progress:
+            progress(min(start + _BATCH, len(pixels)), len(pixels))
+    logits = np.concatenate(parts)[:, order]
     return Predictions(pixels.sample_ids, pixels.groups, pixels.y_true, logits)
 
 
-def _logits(bundle: Bundle, files: Sequence[Path], pixels: Pixels, progress: Progress | None) -> _Float32:
-    record = bundle.record
-    session = Session(bundle.model_file, record.format, record.precision)
-    windowing, preprocessing = windowing_of(record.preprocessing), record.preprocessing
-
-    def forward(batch: Any) -> torch.Tensor:
-        return torch.from_numpy(session(normalise(batch, preprocessing))[0])
-
-    parts = []
-    for start in range(0, len(files), _BATCH):
-        images = []
-        for place in range(start, min(start + _BATCH, len(files))):
-            decoded = decode(_bytes_of(files[place], pixels, place), windowing)
-            images.append(resize(decoded, preprocessing.resize_size, preprocessing.interpolation))
-        parts.append(logits_of_views(images, preprocessing, record.tta, forward).numpy())
-        if progress:
-            progress(min(start + _BATCH, len(files)), len(files))
-    return np.concatenate(parts).astype(np.float32)
-
-
-def _bytes_of(file: Path, pixels: Pixels, place: int) -> bytes:
+def _bytes_of(pixels: Pixels, place: int) -> bytes:
     try:
-        return file.read_bytes()
-    except (OSError, BadImage) as error:
-        raise pixels.source.fault(place, one_line(getattr(error, "strerror", None) or error)) from error
+        return Path(pixels.source.file(place)).read_bytes()
+    except OSError as error:
+        raise pixels.source.fault(place, one_line(error.strerror or error)) from error
 
 
 def judge(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -93,11 +94,11 @@ def test_a_body_that_is_still_coming_is_answered_before_the_end(odd, picture):
 
 
 def test_idle_connections_do_not_hold_up_the_end(odd):
-    server = odd()
+    server = odd(limits={"header_s": 600, "idle_s": 600, "grace_s": 60})
     sockets = [server.connect() for _ in range(5)]
     started = time.monotonic()
     assert server.stop() == 0
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     for each in sockets:
         assert each.recv(1) == b""
         each.close()
@@ -113,27 +114,26 @@ def test_what_takes_longer_than_the_grace_ends_with_an_error(odd, picture):
 
 
 def test_a_second_signal_waits_for_nobody(odd, picture):
-    server = odd(seconds_an_image=8, limits={"batch_images": 1})
+    server = odd(seconds_an_image=60, limits={"batch_images": 1})
     threads, _answers = ask_in_threads(server, picture(), 1)
     until(lambda: queued(server) == 1)
     started = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     server.process.send_signal(signal.SIGTERM)
-    server.process.wait(30)
-    assert time.monotonic() - started < 6
+    server.process.wait(60)
+    assert time.monotonic() - started < 40
     for each in threads:
         each.join()
 
 
 def test_a_full_queue_sends_away_at_once(odd, picture):
-    server = odd(seconds_an_image=1, limits={"batch_images": 1, "queue_images": 2})
+    server = odd(seconds_an_image=5, limits={"batch_images": 1, "queue_images": 2})
     threads, answers = ask_in_threads(server, picture(), 2)
     until(lambda: queued(server) == 2)
-    started = time.monotonic()
     status, headers, found = server.predict(picture())
     assert (status, found["error"]) == (503, "busy; try again")
-    assert int(headers["retry-after"]) >= 1 and time.monotonic() - started < 0.9
+    assert int(headers["retry-after"]) >= 1 and not answers  # it did not wait for them
     for each in threads:
         each.join()
     assert [status for status, _, _ in answers] == [200, 200]
@@ -149,18 +149,15 @@ def test_a_request_that_waits_too_long_is_told_so_and_its_place_comes_free(odd, 
 
 def test_a_client_that_left_is_not_computed_for(odd, picture):
     server, data = odd(seconds_an_image=0.5, limits={"batch_images": 1, "queue_images": 20}), picture()
-    head = (
-        f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {len(data)}\r\n\r\n"
-    )
     sockets = [server.connect() for _ in range(12)]
     for each in sockets:
         each.sendall(request(data))
     until(lambda: queued(server) >= 10)
     for each in sockets:
         each.close()
-    started = time.monotonic()
     assert server.predict(data)[0] == 200
-    assert time.monotonic() - started < 4  # and not the six seconds of twelve images
+    lines = server.ask("GET", "/metrics")[2].splitlines()
+    assert float(next(each for each in lines if each.startswith("zoo_batch_images_sum")).split()[1]) < 10
 
 
 def test_images_of_several_requests_are_computed_together(odd, picture):
@@ -191,10 +188,13 @@ def test_an_image_of_a_gigapixel_is_refused_before_it_is_decoded(start, bundle_f
     data = huge_png(32000)
     assert len(data) < 1 << 20
     server.predict(picture())
-    before, started = server.peak_mib(), time.monotonic()
-    status, _, found = server.predict(data, "image/png")
-    assert time.monotonic() - started < 1
-    assert (status, found["error"]) == (413, "too large: 32000 x 32000 pixels, more than 50000000")
+    before, seconds = server.peak_mib(), []
+    for _ in range(5):  # the best of five: others may work on this machine too
+        started = time.monotonic()
+        status, _, found = server.predict(data, "image/png")
+        seconds.append(time.monotonic() - started)
+        assert (status, found["error"]) == (413, "too large: 32000 x 32000 pixels, more than 50000000")
+    assert min(seconds) < 1
     assert server.peak_mib() - before < 100
 
 
@@ -372,3 +372,19 @@ def test_it_says_where_it_listens(bundle_folder, tmp_path):
         assert process.stdout.readline().startswith(f"serving {bundle_folder.name} at http://127.0.0.1:".encode())
         process.terminate()
         assert process.wait(60) == 0
+
+
+def test_the_document_names_every_flag_route_and_number(live):
+    from typer.testing import CliRunner
+
+    from zoo.cli import app
+
+    text = (Path(__file__).parents[3] / "docs" / "deployment.md").read_text(encoding="utf-8")
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+    flags = set(re.findall(r"--[a-z][a-z-]+", shown)) - {"--help", "--home"}
+    assert len(flags) >= 9
+    assert not [flag for flag in flags if f"`{flag}" not in text]
+    numbers = set(re.findall(r"^# HELP (\w+)", live.ask("GET", "/metrics")[2], re.M))
+    assert len(numbers) >= 10
+    assert not [name for name in numbers if f"`{name}" not in text]
+    assert not [path for path in live.ask("GET", "/openapi.json")[2]["paths"] if path not in text]

@@ -68,7 +68,7 @@ def serve(app: Any, sock: socket.socket, limits: Limits, started: Callable[[], N
     `started` is called once connections are accepted. A second signal ends at once. Raises ZooError where a model
     fails its first batch.
     """
-    _allow_connections(limits.connections)
+    _set_limits(limits.connections)
     set_up_log()
     state: State = app.state.zoo
     config = uvicorn.Config(
@@ -170,14 +170,16 @@ def set_up_log() -> None:
     warnings.simplefilter("ignore")
 
 
-def _allow_connections(count: int) -> None:
-    """Raise this process' limit of open files where it is too low for so many connections."""
+def _set_limits(connections: int) -> None:
+    """Allow as many open files as connections need, and no core dump: images would be in it."""
     try:
         import resource
     except ImportError:
         return
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 256
+    wanted = connections + 256
     if soft < wanted:
         allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with contextlib.suppress(ValueError, OSError):

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from live_server import form
+from test_server_http import dicom, huge_png
+
+from zoo.deployment.predictor import prepare
+from zoo.deployment.server.decoders import Decoder, Heavy
+from zoo.deployment.server.gate import Hosts
+from zoo.deployment.server.limits import Body, Held, Limits, Refused, busy, check_image, content_type_of
+from zoo.deployment.server.uploads import images_of
+from zoo.runs import Preprocessing
+
+PLAIN = Preprocessing(image_size=32, crop_pct=0.875, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+@pytest.fixture
+def decoder():
+    found = Decoder(max_pixels=9_000_000, seconds=30)
+    yield found
+    found.stop()
+
+
+# Decoders ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_decoder_gives_the_predictors_own_pixels(decoder, picture):
+    for data in (picture(), picture("JPEG", size=(300, 90)), picture("TIFF", mode="L"), dicom()):
+        for chosen in (PLAIN, PLAIN.model_copy(update={"interpolation": "bilinear", "window": "lung"})):
+            assert np.array_equal(decoder.prepare(data, chosen), prepare(data, chosen))
+
+
+def test_a_decoder_refuses_and_goes_on(decoder, picture):
+    for data, status in (
+        (b"hello", 415),
+        (picture()[:99], 422),
+        (huge_png(3100), 413),
+        (b"", 422),
+        (dicom(Rows=0), 422),
+    ):
+        with pytest.raises(Refused) as refused:
+            decoder.prepare(data, PLAIN)
+        assert refused.value.status == status
+    assert decoder.prepare(picture(), PLAIN).shape == (36, 39, 3)
+
+
+def test_a_big_image_waits_for_a_decoder_of_its_own(decoder):
+    data = huge_png(2900)
+    with pytest.raises(Heavy):
+        decoder.prepare(data, PLAIN)
+    assert decoder.prepare(data, PLAIN, heavy=True).shape == (36, 36, 3)
+
+
+def test_a_decoder_is_bounded(decoder, picture):
+    decoder.prepare(picture(), PLAIN)
+    lines = Path(f"/proc/{decoder._process.pid}/limits").read_text().splitlines()
+    limits = {line[:26].strip(): line[26:].split()[0] for line in lines[1:]}
+    assert limits["Max core file size"] == "0" and limits["Max file size"] == "0"
+    assert int(limits["Max address space"]) < 4 << 30
+
+
+def test_a_decoder_that_dies_or_hangs_is_replaced(picture):
+    decoder = Decoder(max_pixels=1_000_000, seconds=60)
+    try:
+        decoder.prepare(picture(), PLAIN)
+        process = decoder._process.pid
+        os.kill(process, signal.SIGSTOP)
+        decoder.seconds = 1
+        with pytest.raises(Refused, match="it takes too long to decode"):
+            decoder.prepare(picture(), PLAIN)
+        assert decoder._process is None
+        decoder.seconds = 60
+        assert decoder.prepare(picture(), PLAIN).shape == (36, 39, 3)
+        os.kill(decoder._process.pid, signal.SIGSTOP)
+        killer = threading.Timer(0.5, os.kill, (decoder._process.pid, signal.SIGKILL))
+        killer.start()
+        with pytest.raises(Refused, match="unreadable: its decoder gave up"):
+            decoder.prepare(picture(), PLAIN)
+        killer.join()
+        assert decoder.prepare(picture(), PLAIN).shape == (36, 39, 3)
+    finally:
+        decoder.stop()
+
+
+def test_signals_to_the_group_do_not_end_a_decoder(decoder, picture):
+    decoder.prepare(picture(), PLAIN)
+    process = decoder._process.pid
+    for each in (signal.SIGINT, signal.SIGTERM):
+        os.kill(process, each)
+    decoder.prepare(picture(), PLAIN)
+    assert decoder._process.pid == process
+
+
+def test_decoders_end_with_their_server(start, bundle_folder, picture):
+    import psutil
+
+    server = start(str(bundle_folder))
+    server.predict(picture())
+    started = psutil.Process(server.process.pid).children(recursive=True)
+    assert started
+    server.process.kill()
+    server.process.wait()
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
+
+
+# Forms ------------------------------------------------------------------------------------------------------------
+
+BOUNDARIES = st.text("abcXYZ0123456789-_", min_size=1, max_size=60)
+PARTS = st.lists(st.tuples(st.sampled_from(("files", "file", "other")), st.binary(max_size=300)), max_size=6)
+
+
+@given(PARTS, BOUNDARIES)
+def test_every_file_of_a_form_comes_out_as_it_went_in(parts, boundary):
+    parts = [(field, data) for field, data in parts if f"--{boundary}".encode() not in data]
+    body, media_type = form([(field, "x.png", data) for field, data in parts], boundary)
+    wanted = [data for field, data in parts if field != "other"]
+    if wanted:
+        assert images_of(bytearray(body), media_type, 8) == wanted
+    else:
+        with pytest.raises(Refused, match="the form holds no file"):
+            images_of(bytearray(body), media_type, 8)
+
+
+@given(st.binary(max_size=400), st.integers(0, 3))
+def test_no_form_breaks_the_reader(noise, place):
+    body, media_type = form([("files", "a", b"12345"), ("files", "b", b"67")])
+    at = place * len(body) // 4
+    try:
+        found = images_of(bytearray(body[:at] + noise + body[at:]), media_type, 4)
+    except Refused as refused:
+        assert refused.status in (400, 413)
+    else:
+        assert found
+
+
+def test_a_form_of_too_many_parts_is_refused():
+    body, media_type = form([("other", "a", b"")] * 2000)
+    with pytest.raises(Refused) as refused:
+        images_of(bytearray(body), media_type, 4)
+    assert refused.value.status == 413
+
+
+# Limits -----------------------------------------------------------------------------------------------------------
+
+
+async def _pieces(*pieces):
+    for each in pieces:
+        yield each
+
+
+def _read(limits, held, pieces, length=None, encoding=None):
+    async def run():
+        with Body(limits, held) as body:
+            await body.read(_pieces(*pieces), length, encoding)
+            return bytes(body.data), held.bytes
+
+    return asyncio.run(run())
+
+
+def test_bytes_of_all_bodies_are_counted_and_given_back():
+    held = Held(10)
+    assert _read(Limits(body_bytes=8), held, [b"123", b"45678"]) == (b"12345678", 8)
+    assert held.bytes == 0
+    held.take(6)
+    with pytest.raises(Refused) as refused:
+        _read(Limits(body_bytes=8), held, [b"123", b"45"])
+    assert refused.value.status == 503 and refused.value.headers["Retry-After"] == "2"
+    assert held.bytes == 6
+
+
+@pytest.mark.parametrize(
+    ("pieces", "length", "encoding", "status"),
+    [
+        ([b"123456789"], None, None, 413),
+        ([b"12345", b"6789"], "5", None, 413),
+        ([], "9", None, 413),
+        ([], "٣", None, 413),
+        ([], "9" * 50, None, 413),
+        ([b"1"], "1", "br", 415),
+        ([], "0", None, 400),
+    ],
+)
+def test_a_body_that_is_not_taken(pieces, length, encoding, status):
+    held = Held(100)
+    with pytest.raises(Refused) as refused:
+        _read(Limits(body_bytes=8), held, pieces, length, encoding)
+    assert refused.value.status == status
+    assert held.bytes == 0
+
+
+def test_a_size_is_read_without_decoding(picture):
+    started = time.perf_counter()
+    with pytest.raises(Refused, match="too large: 32000 x 32000 pixels, more than 50000000"):
+        check_image(huge_png(32000)[:4000], 50_000_000)
+    assert check_image(picture(), 2000) == 1760
+    assert check_image(dicom(), 1) == 0
+    assert time.perf_counter() - started < 30
+
+
+def test_limits_fit_each_other():
+    limits = Limits(queue_images=4, body_bytes=1 << 30).fitting()
+    assert limits.images == 4 and limits.held_bytes == 2 << 30
+
+
+@given(st.floats(-10, 1e6))
+def test_retry_after_is_a_minute_at_the_most(seconds):
+    assert 1 <= int(busy(seconds).headers["Retry-After"]) <= 60
+
+
+def test_media_types_are_read_without_parameters():
+    assert content_type_of(" IMAGE/JPEG ;q=1") == "image/jpeg"
+    assert content_type_of(None) == ""
+
+
+@pytest.mark.parametrize("host", ["", ":80", "localhost:", "localhost:80:80", "a b", "[::1", "::1", "localhost/x", "é"])
+def test_what_is_no_host_is_not_admitted(host):
+    assert not Hosts.of(False, ["a"]).admit(host)
+
+
+def test_a_named_host_is_admitted_whatever_its_case():
+    assert Hosts.of(True, ["Zoo.Example."]).admit("zoo.example:9")
+    assert not Hosts.of(True).admit("10.0.0.1")
+    assert Hosts.of(False).admit("10.0.0.1:9") and Hosts.of(False).admit("[fe80::1]")
