@@ -93,7 +93,7 @@ def make_bundle(model: str, folder: Path) -> str:
 
 def alone(task: dict[str, Any]) -> dict[str, float]:
     """Return images per second of the predictor by batch size, each for `seconds`."""
-    from zoo.deployment.server.served import Predictor
+    from zoo.deployment.predictor import Predictor
 
     predictor = Predictor.load(task["bundle"])
     images = photos(IMAGES)
@@ -326,7 +326,8 @@ def main() -> None:
         said = f"{crowd['statuses']}, {crowd['bad']} bad, p99 {crowd['latency_p99_ms']:.0f} ms" if crowd else "-"
         print(
             f"{row['model'][:24]:24} {row['images_per_s']:9.1f} {row['predictor_images_per_s']:10.1f} "
-            f"{row['ratio']:6.3f} {row['latency_p50_ms']:7.1f} {row['latency_p99_ms']:7.1f} {row['client_cores']:6.2f} cores {said}",
+            f"{row['ratio']:6.3f} {row['latency_p50_ms']:7.1f} {row['latency_p99_ms']:7.1f} "
+            f"{row['client_cores']:6.2f} cores {said}",
             flush=True,
         )
 

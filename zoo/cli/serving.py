@@ -71,7 +71,7 @@ def serve(
                 f"give one with --token-file FILE or {TOKEN_VARIABLE}"
             )
         models = load_models(found, root, threads)
-        facts = {each: {**facts_of(model.bundle), "name": each} for each, model in models.items()}
+        facts = {each: facts_of(each, model.bundle) for each, model in models.items()}
         hosts = Hosts.of(is_loopback(sock), allowed_host or ())
         app = create_app(models, facts, limits=limits, hosts=hosts, token=token, decoders=_cores())
         unanswered = run(app, sock, limits, lambda: _tell(sock, list(models), json))

@@ -34,6 +34,12 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 _EXPLAINED = 16  # images at once: gradients need more memory than scores
 
 
+def prepare(data: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Return an encoded image resized, uint8 (H, W, 3); raises BadImage as `zoo.data.decode.decode` does."""
+    decoded = decode(data, windowing_of(preprocessing), max_pixels=max_pixels)
+    return resize(decoded, preprocessing.resize_size, preprocessing.interpolation)
+
+
 class Network(Protocol):
     """What answers: uint8 images (B, S, S, 3) in; logits (B, C) and class maps (B, C, h, w), or None, out."""
 
@@ -173,8 +179,7 @@ class Predictor:
 
         Raises BadImage where it cannot be decoded, or has more than max_pixels.
         """
-        decoded = decode(data, windowing_of(self.preprocessing), max_pixels=max_pixels)
-        return resize(decoded, self.preprocessing.resize_size, self.preprocessing.interpolation)
+        return prepare(data, self.preprocessing, max_pixels)
 
     def pixels(self, data: bytes) -> Pixels:
         """Return the network's view of an encoded image: uint8 of shape (size, size, 3).

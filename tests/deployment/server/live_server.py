@@ -22,8 +22,8 @@ import sys, json, time
 from zoo.deployment.server.app import create_app
 from zoo.deployment.server.limits import Limits
 from zoo.deployment.server.process import listen, serve, url_of
-from zoo.deployment.server.served import Predictor, facts_of
-from zoo.files import home
+from zoo.deployment.server.served import facts_of
+from zoo.deployment.predictor import Predictor
 told = json.loads(sys.argv[1])
 limits = Limits(**told.get("limits", {})).fitting()
 class Slow(Predictor):
@@ -34,7 +34,7 @@ class Slow(Predictor):
         return super().logits(images)
 model = Slow.load(told["bundle"])
 sock = listen("127.0.0.1", 0)
-app = create_app({"m": model}, {"m": {**facts_of(model.bundle), "name": "m"}}, limits=limits)
+app = create_app({"m": model}, {"m": facts_of("m", model.bundle)}, limits=limits)
 sys.exit(serve(app, sock, limits, lambda: print(json.dumps({"url": url_of(sock)}), flush=True)))
 """
 
@@ -103,10 +103,18 @@ class Live:
             return heard(sock)
 
     def rss_mib(self) -> float:
-        return _status(self.process.pid, "VmRSS")
+        """The resident memory of the server and its decoders."""
+        import psutil
+
+        tree = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        return sum(each.memory_info().rss for each in tree) / (1 << 20)
 
     def peak_mib(self) -> float:
-        return _status(self.process.pid, "VmHWM")
+        """The most that any one of them ever had, summed."""
+        import psutil
+
+        tree = [self.process.pid, *(each.pid for each in psutil.Process(self.process.pid).children(recursive=True))]
+        return sum(_status(each, "VmHWM") for each in tree)
 
     def stop(self, how: int = signal.SIGTERM) -> int:
         if self.process.poll() is None:

@@ -11,7 +11,7 @@ import pytest
 from live_server import form
 from PIL import Image
 
-from zoo.deployment.server.served import Predictor
+from zoo.deployment.predictor import Predictor
 
 TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "TIFF": "image/tiff", "BMP": "image/bmp"}
 

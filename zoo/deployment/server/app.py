@@ -301,17 +301,11 @@ def _row(index: int, outcome: Outcome, side: int, explain: bool) -> dict[str, An
         "prediction_set": [] if why else said.prediction_set,
         "refer": True if why else said.refer,
         "refer_reason": None if why else said.refer_reason,
-        "points": None if why else said.points,
-        "activation_map": None if heat is None else _scaled(heat),
+        "operating_points": None if why else said.points,
+        "activation_map": None if heat is None else np.round(heat.astype(np.float64), 3).tolist(),
         "activation_box": None if heat is None else _box(outcome.size, side),
         "error": why.reason if why else None,
     }
-
-
-def _scaled(heat: np.ndarray[Any, Any]) -> list[list[float]]:
-    """Return a class map as rows of [0, 1], 0 where evidence speaks against the class, three digits each."""
-    positive = np.maximum(heat, 0)
-    return [[round(float(value), 3) for value in row] for row in positive / max(float(positive.max()), 1e-12)]
 
 
 def _box(size: tuple[int, int], side: int) -> list[float]:

@@ -22,7 +22,7 @@ class Row(BaseModel):
     prediction_set: list[str] = Field(description="The classes that the conformal rule cannot exclude.")
     refer: bool = Field(description="Whether a human should decide.")
     refer_reason: str | None
-    points: dict[str, Any] | None = Field(default=None, description="Operating points, by name.")
+    operating_points: dict[str, bool] | None = Field(description="Whether each of them calls the image positive.")
     activation_map: list[list[float]] | None = Field(
         description="Where the network looked for its label, rows of [0, 1] over `activation_box`; with explain=true."
     )

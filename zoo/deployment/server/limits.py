@@ -19,12 +19,11 @@ HEAVY_PIXELS = 8_000_000
 class Limits:
     """Everything that is bounded. Bytes are of bodies, pixels of one image as its header says.
 
-    held_bytes: of all bodies that are in memory at one time. queue_images: accepted and not answered yet.
-    batch_images: computed together. deadline_s: from a read body to its answer. header_s: for a request's head.
+    held_bytes: of all bodies in memory at one time. queue_images: accepted and not answered yet. batch_images: computed
+    together. decode_s: of one image. deadline_s: from a read body to its answer. header_s: for a request's head.
     body_s, bytes_per_s, body_longest_s: a body has `body_s` seconds and one more per `bytes_per_s` bytes that came,
-    `body_longest_s` at most. idle_s: between requests. write_s: for a client that does not read its answer.
-    grace_s: at the end,
-    for what is in flight.
+    `body_longest_s` at most. idle_s: between requests. write_s: for a client that does not read its answer. grace_s:
+    at the end, for what is in flight.
     """
 
     body_bytes: int = 32 << 20
@@ -34,6 +33,7 @@ class Limits:
     queue_images: int = 64
     batch_images: int = 8
     connections: int = 1000
+    decode_s: float = 15.0
     deadline_s: float = 30.0
     header_s: float = 10.0
     body_s: float = 10.0

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from zoo.data.decode import BadImage
-from zoo.deployment.server.limits import HEAVY_PIXELS, ClientGone, Limits, Refused, busy, check_image, refused_image
+from zoo.deployment.answers import heat_of
+from zoo.deployment.server.decoders import Decoder, Heavy
+from zoo.deployment.server.limits import ClientGone, Limits, Refused, busy
 from zoo.deployment.server.metrics import Metrics
+from zoo.errors import ZooError, one_line
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -27,7 +29,6 @@ class Predicts(Protocol):
     classes: list[str]
     preprocessing: Any
 
-    def prepare(self, data: bytes, max_pixels: int = ...) -> Pixels: ...  # noqa: D102
     def logits(self, images: Sequence[Pixels]) -> tuple[Floats, Floats | None]: ...  # noqa: D102
     def answers(self, logits: Floats) -> Sequence[Any]: ...  # noqa: D102
 
@@ -65,15 +66,17 @@ class _Job:
 class WorkQueue:
     """Bounded: what does not fit is refused at once with 503, so that those in it are answered in time.
 
-    An image is checked and decoded by one of a few threads, big ones by a thread of their own, one after the other.
-    The network runs in one thread: whatever waits when it is free is computed together, up to `batch_images` of a
-    model, without waiting for more.
+    An image is checked and decoded by one of a few processes, a thread beside each; big ones by a process of their own,
+    one after the other. The network runs in one thread: whatever waits when it is free is computed together, up to
+    `batch_images` of a model, without waiting for more.
     """
 
     def __init__(self, models: Mapping[str, Predicts], limits: Limits, metrics: Metrics, decoders: int) -> None:
-        self.models, self.limits, self.metrics = models, limits, metrics
+        self.models, self.limits, self.metrics, self._pool_size = models, limits, metrics, max(1, decoders)
         self.images = 0
-        self._decoders = ThreadPoolExecutor(max(1, decoders), "decode")
+        self._own = threading.local()
+        self._started: list[Decoder] = []
+        self._decoders = ThreadPoolExecutor(self._pool_size, "decode")
         self._heavy = ThreadPoolExecutor(1, "decode-heavy")
         self._waiting: deque[_Job] = deque()
         self._awake = threading.Condition()
@@ -86,6 +89,8 @@ class WorkQueue:
         """Begin to work for the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        for _ in range(self._pool_size):
+            self._decoders.submit(self._start_decoder)
 
     def stop(self) -> None:
         """End the threads; whatever is still in the queue is dropped."""
@@ -94,6 +99,8 @@ class WorkQueue:
             self._awake.notify()
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._heavy.shutdown(wait=False, cancel_futures=True)
+        for each in self._started:
+            each.stop()
 
     def check_room(self, images: int = 1) -> None:
         """Raise Refused 503 where so many images have no room; Retry-After is when half of the queue is done."""
@@ -122,6 +129,15 @@ class WorkQueue:
             request.gone = True
         return [outcome for outcome in request.outcomes if outcome is not None]
 
+    def _start_decoder(self) -> Decoder:
+        """Return the decoder of this thread, running."""
+        if not hasattr(self._own, "decoder"):
+            self._own.decoder = Decoder(self.limits.pixels, self.limits.decode_s)
+            self._started.append(self._own.decoder)
+        decoder: Decoder = self._own.decoder
+        decoder.start()
+        return decoder
+
     def _decode(self, job: _Job, heavy: bool) -> None:
         """In a decoder's thread: from bytes to pixels, which the network's thread then finds waiting."""
         try:
@@ -129,18 +145,14 @@ class WorkQueue:
                 self._settle([job])
                 return
             started = time.perf_counter()
-            if not heavy and check_image(job.data, self.limits.pixels) > HEAVY_PIXELS:
-                self._heavy.submit(self._decode, job, True)
-                return
-            job.pixels = self.models[job.model].prepare(job.data, max_pixels=self.limits.pixels)
+            job.pixels = self._start_decoder().prepare(job.data, self.models[job.model].preprocessing, heavy)
             job.outcome.size = job.pixels.shape[:2]
             self.metrics.decode_seconds.observe(time.perf_counter() - started)
+        except Heavy:
+            if self._hand_over(job):
+                return
         except Refused as refused:
             job.outcome.refused = refused
-        except BadImage as bad:
-            job.outcome.refused = refused_image(bad)
-        except RuntimeError:  # the pools are closed
-            job.outcome.refused = busy()
         except Exception as error:
             job.outcome.refused = _broken(error)
         job.data = b""
@@ -150,6 +162,15 @@ class WorkQueue:
         with self._awake:
             self._waiting.append(job)
             self._awake.notify()
+
+    def _hand_over(self, job: _Job) -> bool:
+        """Give a big image to the thread that decodes such; return whether it was taken."""
+        try:
+            self._heavy.submit(self._decode, job, True)
+        except RuntimeError:  # the server ends
+            job.outcome.refused = busy()
+            return False
+        return True
 
     def _compute(self) -> None:
         """In the network's thread."""
@@ -182,17 +203,21 @@ class WorkQueue:
             return batch
 
     def _run(self, jobs: list[_Job]) -> None:
+        """Fill in the outcomes of a batch; where it fails, of each image alone, so that one spoils no other's."""
         try:
             predictor = self.models[jobs[0].model]
-            logits, heats = predictor.logits([job.pixels for job in jobs if job.pixels is not None])
-            for place, (job, answer) in enumerate(zip(jobs, predictor.answers(logits), strict=True)):
-                job.outcome.answer = answer
-                if heats is not None:
-                    label = predictor.classes.index(answer.label)
-                    job.outcome.heat = heats[place, label].copy()
+            logits, maps = predictor.logits([job.pixels for job in jobs if job.pixels is not None])
+            answers = predictor.answers(logits)
+            heats = None if maps is None else heat_of(maps, [predictor.classes.index(each.label) for each in answers])
+            for place, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
+                job.outcome.answer, job.outcome.heat = answer, None if heats is None else heats[place]
         except Exception as error:
-            for job in jobs:
-                job.outcome.refused = _broken(error)
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._run([job])
+                return
+            reason = Refused(422, one_line(error)) if isinstance(error, ZooError) else _broken(error)
+            jobs[0].outcome.refused = reason
 
     def _settle(self, jobs: list[_Job]) -> None:
         assert self._loop is not None

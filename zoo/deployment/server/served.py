@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from zoo.deployment.bundle import Bundle, find_bundle
-from zoo.deployment.server.seam import Predictor
+from zoo.deployment.bundle import Bundle, find_bundle, open_bundle
+from zoo.deployment.predictor import Predictor
 from zoo.errors import ZooError, one_line
 from zoo.files import Home
 from zoo.runs import find_run
@@ -55,14 +55,15 @@ def _find(bundle: str, root: Home) -> Any:
 
 def load_models(bundles: dict[str, str], root: Home, threads: int | None) -> dict[str, Predictor]:
     """Return a predictor per name; raises ZooError for a bundle that is damaged, or whose sample comes out wrong."""
-    return {name: Predictor.load(path, root, device="cpu", threads=threads) for name, path in bundles.items()}
+    return {name: Predictor.load(open_bundle(path, root), threads=threads) for name, path in bundles.items()}
 
 
-def facts_of(bundle: Bundle) -> dict[str, Any]:
-    """Return what `GET /model` says of a bundle."""
+def facts_of(name: str, bundle: Bundle | None) -> dict[str, Any]:
+    """Return what `GET /model` says of a bundle that is served under a name."""
+    assert bundle is not None
     record = bundle.record
     return {
-        "name": bundle.name,
+        "name": name,
         "classes": record.classes,
         "medical": record.medical,
         "image_size": record.preprocessing.image_size,
