@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,8 @@ from zoo.deployment.bundle import (
     open_bundle,
     seal,
 )
+from zoo.deployment.card import card_text
+from zoo.deployment.facts import gather_facts, weights_told
 from zoo.deployment.graph import write_onnx, write_openvino
 from zoo.deployment.parity import (
     MARGIN,
@@ -42,6 +44,7 @@ from zoo.deployment.parity import (
     judge,
     reference_predictions,
 )
+from zoo.deployment.quantise import CalibrationImages, halve_onnx, quantise_onnx, quantise_openvino
 from zoo.deployment.rules import fit_rules
 from zoo.deployment.runtime import Session
 from zoo.errors import ZooError, nearest, one_line
@@ -58,6 +61,15 @@ Format = Literal["onnx", "openvino"]
 Precision = Literal["float32", "fp16", "bf16", "int8"]
 Progress = Callable[[str, int, int], None]
 Note = Callable[[str], None]
+
+
+class HasRun(Protocol):
+    """What stands for a run, such as the choice of `zoo.pick`."""
+
+    @property
+    def run(self) -> Run:
+        """Return the run."""
+
 
 _TOLERANCE = {"float32": 1e-3, "fp16": 2e-2, "bf16": 5e-2, "int8": 2e-1}
 
@@ -102,7 +114,7 @@ def exports_folder(run: Run, form: str, precision: str) -> Path:
 
 
 def export(
-    run: Run | str,
+    run: Run | str | HasRun,
     root: Home | None = None,
     *,
     format: Format = "onnx",  # noqa: A002
@@ -128,7 +140,7 @@ def export(
     root, say = root or home(), on_note or (lambda _: None)
     _check_kind(format, precision)
     check_gate(metric, margin)
-    run = find_run(run, root) if isinstance(run, str) else run
+    run = find_run(run, root) if isinstance(run, str) else run if isinstance(run, Run) else run.run
     record = finished_record(run)
     bundle_name = check_name(name, "bundle") if name is not None else f"{run.name}--{format}-{precision}"
     dataset = _dataset(run, record, root)
@@ -207,16 +219,23 @@ def _make(job: _Job, folder: Path, say: Note) -> tuple[dict[str, Any], Predictio
             f"{job.name!r} is not written, for it is not the network that was trained: {verdict['reason']}; "
             + _remedy(job.precision)
         )
+    _describe(job, folder, record.model_copy(update={"parity": verdict}), artefact)
+    return verdict, artefact
+
+
+def _describe(job: _Job, folder: Path, record: BundleRecord, artefact: Predictions) -> None:
+    """Add rules, scores and the card, all of val and of what was scored on test before; then seal the folder."""
+    test = predictions_of(job.run, "test") if job.run.scored("test") else None
     record = record.model_copy(
         update={
             "rules": fit_rules(artefact, job.record.classes, job.record.negative_class),
-            "parity": verdict,
             "val": scores(artefact, job.record),
-            "test": scores(predictions_of(job.run, "test"), job.record) if job.run.scored("test") else None,
+            "test": scores(test, job.record) if test is not None else None,
         }
     )
+    facts = gather_facts(record, job.record, job.dataset, artefact, test, job.root)
+    (folder / CARD).write_text(card_text(record, facts), encoding="utf-8")
     seal(folder, record)
-    return verdict, artefact
 
 
 def _remedy(precision: str) -> str:
@@ -226,18 +245,26 @@ def _remedy(precision: str) -> str:
 
 
 def _write_model(job: _Job, model: Any, folder: Path, pixels: Pixels) -> tuple[dict[str, Any], bool]:
-    onnx_file = folder / MODEL_FILES["onnx"][0]
-    job.progress("exporting", 0, 1)
+    onnx_file, images = folder / MODEL_FILES["onnx"][0], CalibrationImages(pixels, job.preprocessing)
+    job.progress("exporting", 0, 2)
     facts, mapped = write_onnx(model, job.preprocessing.image_size, onnx_file)
+    job.progress("exporting", 1, 2)
     if job.format == "openvino":
-        facts |= write_openvino(onnx_file, folder)
+        if job.precision == "int8":
+            facts |= quantise_openvino(onnx_file, folder, images)
+        else:
+            facts |= write_openvino(onnx_file, folder, half=job.precision == "fp16")
         onnx_file.unlink()
-    job.progress("exporting", 1, 1)
+    elif job.precision == "int8":
+        facts |= quantise_onnx(onnx_file, images)
+    elif job.precision == "fp16":
+        facts |= halve_onnx(onnx_file)
+    job.progress("exporting", 2, 2)
     return facts, mapped
 
 
 def _record(job: _Job, folder: Path, exporter: dict[str, Any], mapped: bool) -> BundleRecord:
-    kept = {key: getattr(job.record, key) for key in ("dataset", "recipe", "seed", "model", "params", "weights")}
+    kept = {key: getattr(job.record, key) for key in ("dataset", "recipe", "seed", "model", "params")}
     session = Session(folder / MODEL_FILES[job.format][0], job.format, job.precision)
     pixels = _pixels(sample_png(), job.preprocessing)
     logits = session(normalise(pixels[None], job.preprocessing))[0][0]
@@ -245,6 +272,7 @@ def _record(job: _Job, folder: Path, exporter: dict[str, Any], mapped: bool) -> 
         name=job.name,
         run=job.run.name,
         **kept,
+        weights=weights_told(job.record),
         classes=job.record.classes,
         negative_class=job.record.negative_class,
         medical=job.dataset.facts.get("medical") is True,
