@@ -23,6 +23,7 @@ from zoo.deployment.facts import CardFacts
 from zoo.files import home
 
 api = pytest.importorskip("playwright.sync_api")
+api.expect.set_options(timeout=60_000)  # two cores may be shared by many
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -86,7 +87,7 @@ class Tab:
         self.context = browser.new_context(**settings)
         self.context.add_init_script(WATCH)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(60_000)
         self.said: list[str] = []
         self.asked: list[Any] = []
         self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
@@ -105,7 +106,7 @@ class Tab:
         """Return the file dialog that an act opens."""
         before = len(self.choosers)
         act()
-        for _ in range(600):
+        for _ in range(1200):
             if len(self.choosers) > before:
                 return self.choosers[-1]
             self.page.wait_for_timeout(50)
