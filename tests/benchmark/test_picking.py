@@ -96,17 +96,17 @@ def test_runs_of_another_split_are_refused(trained):
     runs = list_runs(trained)
     for run in runs:
         run.write_record(run.record.model_copy(update={"split_digest": "f" * 64}))
-    with pytest.raises(ZooError, match="trained on another split of 'tiny' .*; train them again"):
+    with pytest.raises(ZooError, match=r"trained on another split of 'tiny' .*; train them again"):
         pick(runs, trained)
-    with pytest.raises(ZooError, match="there is no finished run on the present split of 'tiny'"):
+    with pytest.raises(ZooError, match=r"there is no finished run on the present split of 'tiny'"):
         pick("tiny", trained)
-    with pytest.raises(ZooError, match="there is no finished run to pick from. Got 0 runs"):
+    with pytest.raises(ZooError, match=r"there is no finished run to pick from. Got 0 runs"):
         pick([], trained)
 
 
 def test_a_table_of_something_else_is_refused(trained):
     table = compare(list_runs(trained)).drop(columns="runs")
-    with pytest.raises(ZooError, match="the table has no column `runs`"):
+    with pytest.raises(ZooError, match=r"the table has no column `runs`"):
         pick(table, trained)
 
 

@@ -148,18 +148,18 @@ def test_the_words_of_the_test_score():
     )
 
 
-# What is refused -------------------------------------------------------------------------------------------------------
+# What is refused -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["top1", "top1=", "=0.9", "top1=high", ""])
 def test_a_minimum_must_be_metric_and_value(text):
-    with pytest.raises(ZooError, match="--min must be METRIC=V, e.g. sensitivity=0.95"):
+    with pytest.raises(ZooError, match=r"--min must be METRIC=V, e.g. sensitivity=0.95"):
         parse_minimum(text)
 
 
 def test_a_minimum_that_comes_twice_is_refused():
     assert parse_minimums(["top1=0.5", "recall:a=b=0.9"]) == {"top1": 0.5, "recall:a=b": 0.9}
-    with pytest.raises(ZooError, match="--min top1 is given twice, as 0.5 and 0.6; give it once"):
+    with pytest.raises(ZooError, match=r"--min top1 is given twice, as 0.5 and 0.6; give it once"):
         parse_minimums(["top1=0.5", "top1=0.6"])
 
 
@@ -183,18 +183,18 @@ def test_limits_that_make_no_sense_are_refused(known, words):
 
 
 def test_names_that_do_not_exist_are_refused():
-    with pytest.raises(ZooError, match="metric must be one of .* did you mean 'top1'"):
+    with pytest.raises(ZooError, match=r"metric must be one of .* did you mean 'top1'"):
         Choosing([], metric="top-1")
-    with pytest.raises(ZooError, match="cost must be one of latency, size, memory. Got 'price'"):
+    with pytest.raises(ZooError, match=r"cost must be one of latency, size, memory. Got 'price'"):
         Choosing([], cost="price")
-    with pytest.raises(ZooError, match="candidates must have different names. Got a, a"):
+    with pytest.raises(ZooError, match=r"candidates must have different names. Got a, a"):
         Choosing([candidate("a", 150), candidate("a", 160)])
     for margin in (-0.1, math.nan, math.inf):
-        with pytest.raises(ZooError, match="the margin must be 0 or more"):
+        with pytest.raises(ZooError, match=r"the margin must be 0 or more"):
             Choosing([candidate("a", 150)]).choose([], margin)
 
 
-# What holds for any candidates -----------------------------------------------------------------------------------------
+# What holds for any candidates ---------------------------------------------------------------------------------------
 
 _ROWS = st.lists(
     st.tuples(st.integers(100, 200), st.floats(1, 50), st.floats(1, 50), st.floats(1, 50)), min_size=1, max_size=4

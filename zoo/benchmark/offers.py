@@ -39,11 +39,20 @@ class Offer:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def best_seeds(runs: Sequence[Run], metric: str) -> tuple[list[Run], list[str]]:
-    """Return for each recipe the run that is best on val among its seeds, and notes that say so."""
+def best_seeds(runs: Sequence[Run], metric: str) -> tuple[list[Run], list[Offer], list[str]]:
+    """Return for each recipe the run that is best on val among its seeds, and notes that say so.
+
+    A run whose val metrics cannot be read offers nothing, with its reason.
+    """
     groups: dict[tuple[str, str], list[Run]] = {}
+    broken = []
     for run in runs:
         record = run.record
+        try:
+            run.metrics("val")
+        except ZooError as error:
+            broken.append(Offer(run.name, run, reason=one_line(error), facts=_facts_of_run(run)))
+            continue
         groups.setdefault((record.recipe, record.recipe_digest), []).append(run)
     chosen, notes = [], []
     for (recipe, _), group in sorted(groups.items()):
@@ -51,7 +60,18 @@ def best_seeds(runs: Sequence[Run], metric: str) -> tuple[list[Run], list[str]]:
         chosen.append(best)
         if len(group) > 1:
             notes.append(f"of {recipe}, seed {best.record.seed} stands for {len(group)} seeds: the best of them on val")
-    return chosen, notes
+    return chosen, broken, notes
+
+
+def without_run(failed: Sequence[Run], known: set[str]) -> list[Offer]:
+    """Return an offer with its reason for each recipe that has failed runs and no other."""
+    found = {}
+    for run in failed:
+        record = run.record
+        if record.recipe not in known:
+            reason = f"the run failed: {one_line(record.reason or 'no reason is known')}"
+            found[record.recipe] = Offer(run.name, run, reason=reason, facts=_facts_of_run(run))
+    return list(found.values())
 
 
 def gather(
@@ -126,6 +146,7 @@ def _offer(name: str, run: Run, dataset: Dataset, root: Home) -> Offer:
         if record.weights_sha256 != run.record.weights_sha256:
             raise ZooError("it is of other weights than the run has now; export it again")
         predictions = _val_predictions(bundle, run, dataset)
+        val = compute_metrics(predictions, run.record.classes, run.record.negative_class)
     except Interrupted:
         raise
     except ZooError as error:
@@ -133,7 +154,6 @@ def _offer(name: str, run: Run, dataset: Dataset, root: Home) -> Offer:
     network = f"{record.run} {record.tta} {record.precision if record.precision != 'float32' else ''}"
     if record.precision != "float32":
         network += name  # each is a network of its own
-    val = compute_metrics(predictions, run.record.classes, run.record.negative_class)
     facts["val"] = {metric: val.get(metric) for metric in METRICS}
     return Offer(name, run, bundle, network, predictions, val, None, facts)
 
@@ -163,14 +183,16 @@ def score_test(
 ) -> dict[str, Any]:
     """Return the artefact's scores on test, each with `<metric>_ci`; `images`, `groups` and `first_look` beside them.
 
-    Test is scored once for each artefact, and the ledger is told before; what was found is kept beside the run.
+    A run that was scored on test in float32 said what its float32 artefact says, label for label on val: its
+    predictions are taken, and test is not looked at again. Else test is scored once for each artefact, and the ledger
+    is told before; what was found is kept beside the run.
     """
     bundle, run = offer.bundle, offer.run
     assert bundle is not None
     folder = exports_folder(run, bundle.record.format, bundle.record.precision)
     file, proof = folder / "predictions-test.npz", folder / "test.json"
     digest = sha256_file(bundle.model_file)
-    predictions = _kept_test(file, proof, digest)
+    predictions = _kept_test(file, proof, digest) or _of_the_run(offer)
     first = predictions is None
     if predictions is None:
         record_look(root, run.record)
@@ -180,6 +202,14 @@ def score_test(
     groups = int(predictions.group_codes.max()) + 1 if len(predictions.y_true) else 0
     counts = {"images": len(predictions.y_true), "groups": groups, "first_look": first}
     return {**counts, **scores(predictions, run.record)}
+
+
+def _of_the_run(offer: Offer) -> Predictions | None:
+    """Return the test predictions that a float32 run left, where the artefact is float32 too."""
+    record, run = offer.run.record, offer.run
+    assert offer.bundle is not None
+    alike = offer.bundle.record.precision == "float32" == record.precision.get("dtype", "float32")
+    return read_predictions(run.predictions_file("test")) if alike and run.scored("test") else None
 
 
 def _kept_test(file: Any, proof: Any, digest: str) -> Predictions | None:

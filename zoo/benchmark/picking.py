@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.benchmark.offers import Offer, best_seeds, gather, score_test
+from zoo.benchmark.offers import Offer, best_seeds, gather, score_test, without_run
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.deployment.bundle import Bundle
 from zoo.deployment.latency import latencies
 from zoo.deployment.speed import Latency
 from zoo.errors import ZooError, nearest, one_line
-from zoo.evaluation.dataset_floors import dataset_floors
-from zoo.evaluation.floors import FLOOR_METRICS
+from zoo.evaluation.floors import FLOOR_METRICS, dataset_floors
 from zoo.evaluation.ledger import looks_at_test
 from zoo.evaluation.metrics import negative_index
 from zoo.evaluation.resampling import METRICS
@@ -177,10 +176,11 @@ def outcome(
 ) -> Outcome:
     """Return what `pick` returns, and what came of it where nothing fits."""
     root, shown = root or home(), progress or (lambda *_: None)
-    dataset, runs = _runs(source, root)
+    dataset, runs, failed = _runs(source, root)
     limits = wish.limits(dataset.classes, dataset.negative_class)
-    chosen_runs, notes = best_seeds(runs, wish.metric)
+    chosen_runs, broken, notes = best_seeds(runs, wish.metric)
     offers, more = gather(chosen_runs, runs, dataset, root, shown)
+    offers += broken + without_run(failed, {each.run.record.recipe for each in offers})
     ready = [each for each in offers if each.bundle is not None]
     speeds = latencies(
         [each.bundle for each in ready if each.bundle is not None],
@@ -209,14 +209,15 @@ def outcome(
     return Outcome(Pick(offer.run, offer.bundle, document["reason"], document), document, limits)
 
 
-def _runs(source: Any, root: Home) -> tuple[Dataset, list[Run]]:
-    """Return the dataset and the finished runs that are meant, all on its present split."""
+def _runs(source: Any, root: Home) -> tuple[Dataset, list[Run], list[Run]]:
+    """Return the dataset and the runs that are meant, finished and failed, all on its present split."""
     if isinstance(source, str):
         dataset = load_dataset(source, root, make_builtin=False)
-        runs = [run for run in runs_on_split(dataset.name, dataset.split_digest, root) if run.finished]
+        known = runs_on_split(dataset.name, dataset.split_digest, root)
+        runs = [run for run in known if run.finished]
         if not runs:
             raise ZooError(f"there is no finished run on the present split of {source!r}; train one with `zoo train`")
-        return dataset, runs
+        return dataset, runs, [run for run in known if not run.finished]
     if hasattr(source, "columns"):
         if "runs" not in source.columns:
             raise ZooError("the table has no column `runs`; give one of `compare`, or runs, or a dataset's name")
@@ -233,7 +234,7 @@ def _runs(source: Any, root: Home) -> tuple[Dataset, list[Run]]:
             f"the runs were trained on another split of {dataset.name!r} ({records[0].split_digest[:8]}, now "
             f"{dataset.split_digest[:8]}); train them again"
         )
-    return dataset, runs
+    return dataset, runs, [run for run in named if not run.finished]
 
 
 def _policy(runs: list[Run]) -> str | None:

@@ -117,8 +117,8 @@ def export(
     run: Run | str | HasRun,
     root: Home | None = None,
     *,
-    format: Format = "onnx",  # noqa: A002
-    precision: Precision = "float32",
+    format: Format | None = None,  # noqa: A002
+    precision: Precision | None = None,
     margin: float = MARGIN,
     metric: str = "top1",
     name: str | None = None,
@@ -138,6 +138,9 @@ def export(
     stays, and an older bundle of that name stays as it was.
     """
     root, say = root or home(), on_note or (lambda _: None)
+    own = _bundle_of(run)
+    format = format or (own.record.format if own else "onnx")  # noqa: A001
+    precision = precision or (own.record.precision if own else "float32")
     _check_kind(format, precision)
     check_gate(metric, margin)
     run = find_run(run, root) if isinstance(run, str) else run if isinstance(run, Run) else run.run
@@ -159,6 +162,12 @@ def export(
             _put_in_place(folder, job.target)
         interruption.check()
     return open_bundle(job.target)
+
+
+def _bundle_of(source: Any) -> Bundle | None:
+    """Return the bundle that a choice of `zoo.pick` is of."""
+    found = getattr(source, "bundle", None)
+    return found if isinstance(found, Bundle) else None
 
 
 def _check_kind(form: str, precision: str) -> None:

@@ -99,7 +99,7 @@ def release(version: str) -> str:
     >>> release("2026.1.0-123-abc"), release("2.14.1+cpu")
     ('2026.1.0', '2.14.1')
     """
-    return version.split("-")[0].split("+")[0]
+    return version.split("-", maxsplit=1)[0].split("+", maxsplit=1)[0]
 
 
 def installed(package: str) -> str | None:

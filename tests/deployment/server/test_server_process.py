@@ -149,6 +149,7 @@ def test_a_request_that_waits_too_long_is_told_so_and_its_place_comes_free(odd, 
 
 def test_a_client_that_left_is_not_computed_for(odd, picture):
     server, data = odd(seconds_an_image=0.5, limits={"batch_images": 1, "queue_images": 20}), picture()
+    (f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {len(data)}\r\n\r\n")
     sockets = [server.connect() for _ in range(12)]
     for each in sockets:
         each.sendall(request(data))
