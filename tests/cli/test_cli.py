@@ -360,7 +360,8 @@ def test_predict_prints_one_object_a_line(zoo, trained, tmp_path):
     done = zoo("predict", run.name, folder / "normal", bad, "--json")
     rows = [json.loads(line) for line in done.out.splitlines()]
     assert (done.code, len(rows)) == (0, 13)
-    assert all(set(row) == {"path", "label", "scores", "refer", "error"} for row in rows)
+    keys = {"path", "label", "scores", "prediction_set", "refer", "refer_reason", "operating_points", "error"}
+    assert all(set(row) == keys for row in rows)
     assert rows[-1]["error"] and rows[-1]["label"] is None
     assert all(sum(row["scores"].values()) == pytest.approx(1) for row in rows[:-1])
     assert zoo("predict", run.name, bad).code == 1

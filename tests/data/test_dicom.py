@@ -210,6 +210,7 @@ def test_tensors_of_import_training_and_prediction_are_bit_identical(root, sourc
     from zoo.data.cache import open_pixels
     from zoo.data.transforms import center_crop, normalise
     from zoo.deployment.predictor import Predictor
+    from zoo.deployment.run_network import RunNetwork
     from zoo.models.nets import SimpleCNN
     from zoo.runs import Preprocessing
     from zoo.training.precision import PrecisionPlan
@@ -224,7 +225,8 @@ def test_tensors_of_import_training_and_prediction_are_bit_identical(root, sourc
         window=dataset.facts["window"],
     )
     pixels = open_pixels(dataset, "train", preprocessing)
-    predictor = Predictor(SimpleCNN(2), preprocessing, dataset.classes, PrecisionPlan("float32", channels_last=True))
+    plan = PrecisionPlan("float32", channels_last=True)
+    predictor = Predictor(RunNetwork(SimpleCNN(2), preprocessing, plan), preprocessing, dataset.classes)
     originals = {}
     for path in sorted(source.rglob("*.dcm")):
         seen = predictor.pixels(path.read_bytes())

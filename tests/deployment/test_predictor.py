@@ -9,7 +9,9 @@ from zoo.data.decode import BadImage
 from zoo.data.manifest import load_dataset
 from zoo.data.transforms import center_crop
 from zoo.deployment.predictor import Predictor, find_images
+from zoo.deployment.rules import fit_rules
 from zoo.errors import ZooError
+from zoo.evaluation.calibration import apply_temperature
 from zoo.runs import list_runs
 from zoo.training.scoring import predictions_of
 
@@ -26,7 +28,9 @@ def test_it_sees_what_the_training_saw_and_scores_the_same(trained, run):
     predictor = Predictor.load(run.name, trained, device="cpu")
     for place, file in enumerate(files):
         np.testing.assert_array_equal(predictor.pixels(file.read_bytes()), center_crop(pixels[place], 32))
-    stored = predictions_of(run, "test")
+    rules = fit_rules(predictions_of(run, "val"), dataset.classes, run.record.negative_class)
+    stored = apply_temperature(predictions_of(run, "test"), rules.temperature)
+    assert predictor.rules == rules
     for batch_size in (1, 4, 32):
         found = list(predictor.stream(files, batch_size))
         assert [each.path for each in found] == [str(file) for file in files]
@@ -34,14 +38,16 @@ def test_it_sees_what_the_training_saw_and_scores_the_same(trained, run):
         np.testing.assert_allclose(scores, stored.y_score, rtol=1e-4, atol=1e-6)
         assert [each.label for each in found] == [dataset.classes[place] for place in stored.y_pred]
         assert all(list(each.scores) == dataset.classes for each in found)
-        assert not any(each.refer or each.error for each in found)
+        assert not any(each.error for each in found)
+        assert all(each.refer and "every image is referred" in each.refer_reason for each in found)  # 9 of val
 
 
 def test_a_run_is_given_by_itself_its_name_or_its_folder(trained, run):
     file = next((load_dataset("tiny", trained).root).rglob("*.png"))
     rows = [Predictor.load(source, trained).predict([file])[0].row() for source in (run, run.name, run.path)]
     assert rows[0] == rows[1] == rows[2]
-    assert set(rows[0]) == {"path", "label", "scores", "refer", "error"}
+    keys = {"path", "label", "scores", "prediction_set", "refer", "refer_reason", "error", "operating_points"}
+    assert set(rows[0]) == keys
 
 
 def test_a_bad_file_is_a_row_with_a_reason(trained, run, tmp_path):
@@ -86,7 +92,7 @@ def test_images_are_found_in_order_and_what_is_not_there_is_said(tmp_path):
 
 
 def test_what_cannot_predict_is_said(trained, run):
-    with pytest.raises(ZooError, match="there is no run 'tiny--tinny--s0'; did you mean"):
+    with pytest.raises(ZooError, match="there is no bundle or run 'tiny--tinny--s0'; did you mean"):
         Predictor.load("tiny--tinny--s0", trained)
     with pytest.raises(ZooError, match="device 'gpu' is not on this machine"):
         Predictor.load(run, device="gpu")

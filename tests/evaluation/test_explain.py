@@ -6,7 +6,8 @@ from captum.attr import LayerGradCam
 from torch import nn
 
 from zoo.errors import ZooError
-from zoo.evaluation.explain import activation_maps, overlay, paint_over
+from zoo.evaluation.explain import activation_maps, paint_over
+from zoo.evaluation.heat import overlay
 from zoo.models.registry import create_model, find_model
 
 # Where captum finds the map that `forward_features` gives; None: the layer before the network's pooling is found by us.

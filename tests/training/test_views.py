@@ -13,12 +13,13 @@ from zoo.data.cache import open_pixels
 from zoo.data.loader import fixed_batches
 from zoo.data.manifest import load_dataset
 from zoo.data.transforms import center_crop, normalise_tensor
+from zoo.data.views import VIEWS, views_of
 from zoo.recipe import ScoreTable
 from zoo.runs import Preprocessing
 from zoo.training.features import forward_pixels
 from zoo.training.plan import make_plan
 from zoo.training.precision import PrecisionPlan
-from zoo.training.views import VIEWS, combine, logits_of_views, views_of
+from zoo.training.views import combine, logits_of_views
 
 TTA = list(VIEWS)
 

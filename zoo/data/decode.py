@@ -9,8 +9,10 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -294,6 +296,7 @@ def _quiet_pillow() -> Iterator[None]:
     filter for Pillow's modules stands at the front as long as any thread decodes.
     """
     global _quiet_depth, _quiet_filter  # noqa: PLW0603
+    _quiet_libtiff()
     filters: Any = warnings.filters
     with _quiet_lock:
         _quiet_depth += 1
@@ -309,3 +312,22 @@ def _quiet_pillow() -> Iterator[None]:
             filters = warnings.filters
             if _quiet_depth == 0 and _quiet_filter in filters:
                 filters.remove(_quiet_filter)
+
+
+@cache
+def _quiet_libtiff() -> None:
+    """Silence the C library of Pillow's wheels, which prints up to hundreds of lines about one odd TIFF.
+
+    Its own function for that (TIFFSetWarningHandler of libtiff's manual); where the library is another, it goes on.
+    """
+    import ctypes
+
+    import PIL
+
+    for file in (Path(PIL.__file__).parent.parent / "pillow.libs").glob("libtiff*"):
+        with suppress(OSError, AttributeError):
+            library = ctypes.CDLL(str(file))
+            for name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):
+                handler = getattr(library, name)
+                handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+                handler(None)

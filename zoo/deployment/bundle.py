@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from zoo.errors import ZooError, nearest, one_line
-from zoo.files import Home, home, read_json, sha256_file, user_path
+from zoo.files import Home, home, read_json, sha256_file, to_json, user_path
 from zoo.runs import Preprocessing
 
 RECORD, CARD, SUMS, SAMPLE = "bundle.json", "card.md", "SHA256SUMS", "sample.png"
@@ -153,6 +153,22 @@ def open_bundle(name: str | os.PathLike[str], root: Home | None = None) -> Bundl
     if any(listed[each] != digest for each, digest in record.files.items()):
         raise _refused(folder, f"{RECORD} and {SUMS} name different digests")
     return Bundle(folder, record)
+
+
+def seal(folder: Path, record: BundleRecord) -> BundleRecord:
+    """Write `bundle.json` and `SHA256SUMS` of a folder that holds the other files; return the record with digests.
+
+    Every file is on the disk when it returns. For folders that are still being put together; raises OSError.
+    """
+    names = (*MODEL_FILES[record.format], CARD, SAMPLE)
+    record = record.model_copy(update={"files": {name: sha256_file(folder / name) for name in names}})
+    (folder / RECORD).write_text(to_json(record.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    digests = {name: sha256_file(folder / name) for name in (*names, RECORD)}
+    (folder / SUMS).write_text(sums_text(digests), encoding="ascii")
+    for name in (*digests, SUMS):
+        with (folder / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+    return record
 
 
 def find_bundle(name: str | os.PathLike[str], root: Home | None = None) -> Path:

@@ -6,153 +6,276 @@ import io
 import os
 import shutil
 import tempfile
-import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import nn
 
+from zoo.data.cache import Pixels, open_pixels
 from zoo.data.decode import decode, resize
+from zoo.data.manifest import Dataset, load_dataset
 from zoo.data.transforms import center_crop, normalise
 from zoo.data.window import windowing_of
 from zoo.deployment.bundle import (
     CARD,
+    FORMATS,
     MODEL_FILES,
-    RECORD,
+    PRECISIONS,
     SAMPLE,
     SUMS,
     Bundle,
     BundleRecord,
     Sample,
     open_bundle,
-    sums_text,
+    seal,
 )
-from zoo.deployment.runtime import INPUT, LOGITS, MAP, Session
-from zoo.files import Home, home, sha256_file, to_json, write_error
-from zoo.models.registry import classifier_of
-from zoo.runs import Preprocessing, Run, find_run
-from zoo.training.scoring import finished_record, load_model
+from zoo.deployment.graph import write_onnx, write_openvino
+from zoo.deployment.parity import (
+    MARGIN,
+    against_recorded,
+    artefact_predictions,
+    check_gate,
+    judge,
+    reference_predictions,
+)
+from zoo.deployment.rules import fit_rules
+from zoo.deployment.runtime import Session
+from zoo.errors import ZooError, nearest, one_line
+from zoo.evaluation.metrics import compute_metrics, negative_index
+from zoo.evaluation.predictions import Predictions, write_predictions
+from zoo.evaluation.statistics import affordable_metrics, metric_intervals
+from zoo.files import Home, check_name, home, sha256_file, write_error, write_json
+from zoo.runs import Preprocessing, Run, RunRecord, find_run
+from zoo.training.interruption import Interruption
+from zoo.training.precision import set_threads
+from zoo.training.scoring import finished_record, load_model, predictions_of
 
-OPSET = 20
+Format = Literal["onnx", "openvino"]
+Precision = Literal["float32", "fp16", "bf16", "int8"]
+Progress = Callable[[str, int, int], None]
+Note = Callable[[str], None]
+
 _TOLERANCE = {"float32": 1e-3, "fp16": 2e-2, "bf16": 5e-2, "int8": 2e-1}
 
 
-class _Exported(nn.Module):
-    """What is traced: logits and, for a network that pools and then is linear, each class's map before pooling."""
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One export: of which run, to what, and how it is judged."""
 
-    def __init__(self, model: Any, classifier: nn.Linear | None) -> None:
-        super().__init__()
-        self.model, self.classifier = model, classifier
+    run: Run
+    record: RunRecord
+    root: Home
+    dataset: Dataset
+    format: Format
+    precision: Precision
+    name: str
+    metric: str
+    margin: float
+    progress: Progress
 
-    def forward(self, images: torch.Tensor) -> Any:
-        if self.classifier is None:
-            return self.model(images)
-        values = self.model.forward_features(images)
-        weight = self.classifier.weight[:, :, None, None]
-        return self.model.forward_head(values), nn.functional.conv2d(values, weight)
+    @property
+    def preprocessing(self) -> Preprocessing:
+        assert self.record.preprocessing is not None
+        return self.record.preprocessing
+
+    @property
+    def target(self) -> Path:
+        return self.root.bundles / self.name
+
+    @property
+    def exports(self) -> Path:
+        """Return the folder of what the making of the bundle left, beside the run: it names samples."""
+        return exports_folder(self.run, self.format, self.precision)
+
+    def step(self, what: str) -> Callable[[int, int], None]:
+        """Return a callback that shows one step of the work."""
+        return lambda done, total: self.progress(what, done, total)
+
+
+def exports_folder(run: Run, form: str, precision: str) -> Path:
+    """Return where a run keeps the artefact's `predictions-val.npz` and `parity.json`."""
+    return run.path / "exports" / f"{form}-{precision}"
 
 
 def export(
     run: Run | str,
     root: Home | None = None,
     *,
-    format: Literal["onnx", "openvino"] = "onnx",  # noqa: A002
-    precision: Literal["float32", "fp16", "bf16", "int8"] = "float32",
+    format: Format = "onnx",  # noqa: A002
+    precision: Precision = "float32",
+    margin: float = MARGIN,
+    metric: str = "top1",
+    name: str | None = None,
+    progress: Progress | None = None,
+    on_note: Note | None = None,
 ) -> Bundle:
-    """Return the bundle of a finished run, written below `models/bundles/`."""
-    root = root or home()
+    """Return the bundle of a finished run, written below `models/bundles/` once it has passed the parity gate.
+
+    The gate asks network and bundle about every val image (`zoo.deployment.parity.judge`): float32 must give the same
+    labels, other precisions may change `metric` by `margin` at the worse end of its paired interval. Test is never
+    scored. The same run gives the same bytes; a bundle that is there already stays where they are the same, and is
+    replaced whole where not. name: of the bundle, else `<run>--<format>-<precision>`. progress: called with a step's
+    name, and what is done and in all. on_note: called with what is worth saying.
+
+    Raises ZooError where the run did not finish, its dataset is gone or was split anew, an image is gone or changed,
+    the network cannot be exported, the gate fails, a package is missing, or the disk is full; nothing half-written
+    stays, and an older bundle of that name stays as it was.
+    """
+    root, say = root or home(), on_note or (lambda _: None)
+    _check_kind(format, precision)
+    check_gate(metric, margin)
     run = find_run(run, root) if isinstance(run, str) else run
     record = finished_record(run)
-    assert record.preprocessing is not None
-    name = f"{run.name}--{format}-{precision}"
-    root.bundles.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=root.bundles, prefix=".new-"))
-    try:
-        model = load_model(run, root)
-        exporter, mapped = write_onnx(model, record.preprocessing.image_size, staging / MODEL_FILES["onnx"][0])
-        (staging / CARD).write_text(f"# {name}\n", encoding="utf-8")
-        (staging / SAMPLE).write_bytes(sample_png())
-        session = Session(staging / MODEL_FILES[format][0], format, precision)
-        logits = session(normalise(_pixels(sample_png(), record.preprocessing)[None], record.preprocessing))[0][0]
-        kept = {key: getattr(record, key) for key in ("dataset", "recipe", "seed", "model", "params", "weights")}
-        bundle = BundleRecord(
-            name=name,
-            run=run.name,
-            **kept,
-            classes=record.classes,
-            negative_class=record.negative_class,
-            preprocessing=record.preprocessing,
-            tta=record.tta,
-            format=format,
-            precision=precision,
-            activation_map=mapped,
-            exporter=exporter,
-            split_digest=record.split_digest,
-            weights_sha256=record.weights_sha256,
-            sample=Sample(logits=logits.tolist(), tolerance=_TOLERANCE[precision]),
-            files={each: sha256_file(staging / each) for each in (*MODEL_FILES[format], CARD, SAMPLE)},
+    bundle_name = check_name(name, "bundle") if name is not None else f"{run.name}--{format}-{precision}"
+    dataset = _dataset(run, record, root)
+    shown = progress or (lambda *_: None)
+    job = _Job(run, record, root, dataset, format, precision, bundle_name, metric, margin, shown)
+    set_threads()
+    with Interruption() as interruption, _lock(job), _staging(job) as folder:
+        verdict, predictions = _make(job, folder, say)
+        bundle = open_bundle(folder)
+        if _same(job.target, folder):
+            say(f"bundle {job.name!r} is there already, with the same content")
+            _write_proof(job, bundle, verdict, predictions)
+            return open_bundle(job.target)
+        with interruption.step():
+            _write_proof(job, bundle, verdict, predictions)
+            _put_in_place(folder, job.target)
+        interruption.check()
+    return open_bundle(job.target)
+
+
+def _check_kind(form: str, precision: str) -> None:
+    for what, value, allowed in (("format", form, FORMATS), ("precision", precision, PRECISIONS)):
+        if value not in allowed:
+            raise ZooError(
+                f"{what} must be one of {', '.join(allowed)}. Got {one_line(value)!r}{nearest(str(value), allowed)}"
+            )
+    if (form, precision) == ("onnx", "bf16"):
+        raise ZooError(
+            "ONNX Runtime computes no bf16 on a CPU. Got format onnx with precision bf16; take format openvino, or fp16"
         )
-        (staging / RECORD).write_text(to_json(bundle.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
-        (staging / SUMS).write_text(sums_text({path.name: sha256_file(path) for path in staging.iterdir()}))
-        staging.chmod(0o755)
-        shutil.rmtree(root.bundles / name, ignore_errors=True)
-        staging.replace(root.bundles / name)
-    except OSError as error:
-        raise write_error(root.bundles / name, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return open_bundle(name, root)
 
 
-def write_onnx(model: nn.Module, image_size: int, file: Path) -> tuple[dict[str, Any], bool]:
-    """Write a network as ONNX with a free batch; return exporter, opset and versions, and whether it gives class maps.
-
-    The example batch is of 2 images: of 1, the exporter would fix the batch.
-    """
-    import onnx
-
-    images = torch.zeros(2, 3, image_size, image_size)
-    model = model.to(memory_format=torch.contiguous_format)
-    wrapped = _Exported(model, _pooled_classifier(model, image_size)).eval()
-    mapped = wrapped.classifier is not None
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            wrapped,
-            (images,),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=[INPUT],
-            output_names=[LOGITS, MAP] if mapped else [LOGITS],
-            opset_version=OPSET,
-            verbose=False,
+def _dataset(run: Run, record: RunRecord, root: Home) -> Dataset:
+    """Return the dataset of a run; raises ZooError unless it is the one that the run was trained on."""
+    dataset = load_dataset(record.dataset, root, make_builtin=False)
+    if dataset.split_digest != record.split_digest:
+        raise ZooError(
+            f"run {run.name!r} was trained on another split of {dataset.name!r} ({record.split_digest[:8]}, now "
+            f"{dataset.split_digest[:8]}), so that its val images cannot judge the export; train it again"
         )
-        assert program is not None
-        program.save(os.fspath(file), external_data=False)
-    return {"name": "torch.onnx dynamo", "opset": OPSET, "torch": torch.__version__, "onnx": onnx.__version__}, mapped
+    if dataset.classes != record.classes:
+        raise ZooError(
+            f"the classes of {dataset.name!r} stand in another order, or are others, than when run {run.name!r} was "
+            f"trained: {one_line(', '.join(dataset.classes), 100)}, then {one_line(', '.join(record.classes), 100)}; "
+            "set the old ones in dataset.toml, or train it again"
+        )
+    return dataset
 
 
-def _pooled_classifier(model: Any, image_size: int) -> nn.Linear | None:
-    """Return the last layer of a network whose logits are the mean over places of a linear map; proven on numbers.
+# The work ---------------------------------------------------------------------------------------------------------
 
-    Only then a class's map is what its logit was made of (Zhou et al. 2016, arXiv 1512.04150).
-    """
-    if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
-        return None
-    _, classifier = classifier_of(model)
-    if not isinstance(classifier, nn.Linear):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        values = model.forward_features(torch.randn(2, 3, image_size, image_size, generator=generator))
-        if not isinstance(values, torch.Tensor) or values.ndim != 4 or values.shape[1] != classifier.in_features:
-            return None
-        maps = nn.functional.conv2d(values, classifier.weight[:, :, None, None], classifier.bias)
-        close = torch.allclose(maps.mean((2, 3)), model.forward_head(values), rtol=1e-4, atol=1e-4)
-    return classifier if close else None
+
+def _make(job: _Job, folder: Path, say: Note) -> tuple[dict[str, Any], Predictions]:
+    """Put a bundle together in a folder and judge it; return the verdict and the artefact's predictions on val."""
+    pixels = open_pixels(job.dataset, "val", job.preprocessing, job.record.bad_images, job.step("decoding"))
+    model = load_model(job.run, job.root, "cpu")
+    exporter, mapped = _write_model(job, model, folder, pixels)
+    (folder / SAMPLE).write_bytes(sample_png())
+    (folder / CARD).write_text(f"# {job.name}\n", encoding="utf-8")
+    record = seal(folder, _record(job, folder, exporter, mapped))
+    staged = open_bundle(folder)
+    artefact = artefact_predictions(staged, job.record.classes, pixels, job.step("asking the artefact"))
+    reference = reference_predictions(model, job.record, pixels, job.step("asking the network"))
+    verdict = judge(
+        reference,
+        artefact,
+        job.precision,
+        metric=job.metric,
+        margin=job.margin,
+        classes=job.record.classes,
+        negative_class=job.record.negative_class,
+    )
+    verdict["recorded"] = against_recorded(job.run, reference, job.record.precision)
+    if not verdict["passed"]:
+        raise ZooError(
+            f"{job.name!r} is not written, for it is not the network that was trained: {verdict['reason']}; "
+            + _remedy(job.precision)
+        )
+    record = record.model_copy(
+        update={
+            "rules": fit_rules(artefact, job.record.classes, job.record.negative_class),
+            "parity": verdict,
+            "val": scores(artefact, job.record),
+            "test": scores(predictions_of(job.run, "test"), job.record) if job.run.scored("test") else None,
+        }
+    )
+    seal(folder, record)
+    return verdict, artefact
+
+
+def _remedy(precision: str) -> str:
+    if precision == "float32":
+        return "this should never be: export again, and report it where it stays"
+    return "take float32, allow more with --margin, or give val more images"
+
+
+def _write_model(job: _Job, model: Any, folder: Path, pixels: Pixels) -> tuple[dict[str, Any], bool]:
+    onnx_file = folder / MODEL_FILES["onnx"][0]
+    job.progress("exporting", 0, 1)
+    facts, mapped = write_onnx(model, job.preprocessing.image_size, onnx_file)
+    if job.format == "openvino":
+        facts |= write_openvino(onnx_file, folder)
+        onnx_file.unlink()
+    job.progress("exporting", 1, 1)
+    return facts, mapped
+
+
+def _record(job: _Job, folder: Path, exporter: dict[str, Any], mapped: bool) -> BundleRecord:
+    kept = {key: getattr(job.record, key) for key in ("dataset", "recipe", "seed", "model", "params", "weights")}
+    session = Session(folder / MODEL_FILES[job.format][0], job.format, job.precision)
+    pixels = _pixels(sample_png(), job.preprocessing)
+    logits = session(normalise(pixels[None], job.preprocessing))[0][0]
+    return BundleRecord(
+        name=job.name,
+        run=job.run.name,
+        **kept,
+        classes=job.record.classes,
+        negative_class=job.record.negative_class,
+        medical=job.dataset.facts.get("medical") is True,
+        preprocessing=job.preprocessing,
+        tta=job.record.tta,
+        format=job.format,
+        precision=job.precision,
+        activation_map=mapped,
+        exporter=exporter,
+        split_digest=job.record.split_digest,
+        weights_sha256=job.record.weights_sha256,
+        sample=Sample(logits=logits.tolist(), tolerance=_TOLERANCE[job.precision]),
+        files={},
+    )
+
+
+def _pixels(data: bytes, preprocessing: Preprocessing) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    decoded = decode(data, windowing_of(preprocessing))
+    resized = resize(decoded, preprocessing.resize_size, preprocessing.interpolation)
+    return center_crop(resized, preprocessing.image_size)
+
+
+def scores(predictions: Predictions, record: RunRecord) -> dict[str, Any]:
+    """Return the metrics of predictions, each with `<metric>_ci` [low, high] over groups, None where undefined."""
+    metrics = compute_metrics(predictions, record.classes, record.negative_class)
+    names = affordable_metrics(len(predictions.y_true), len(record.classes), 1)
+    negative = negative_index(record.classes, record.negative_class)
+    found = metric_intervals({"": [predictions]}, names, negative=negative)
+    ends = {name: found[name][""] for name in names}
+    cis = {f"{name}_ci": [each.low, each.high] if each is not None else None for name, each in ends.items()}
+    return {**metrics, **cis}
 
 
 def sample_png() -> bytes:
@@ -166,7 +289,102 @@ def sample_png() -> bytes:
     return out.getvalue()
 
 
-def _pixels(data: bytes, preprocessing: Preprocessing) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    decoded = decode(data, windowing_of(preprocessing))
-    resized = resize(decoded, preprocessing.resize_size, preprocessing.interpolation)
-    return center_crop(resized, preprocessing.image_size)
+# Folders ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _lock(job: _Job) -> Iterator[None]:
+    """Let one process at a time make a bundle; the operating system frees the lock when its holder dies."""
+    from filelock import FileLock, Timeout
+
+    path = job.root.locks / f"export-{job.name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise ZooError(f"bundle {job.name!r} is being made by another process; wait for it, or stop it") from None
+    except OSError as error:
+        raise write_error(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _staging(job: _Job) -> Iterator[Path]:
+    """Give a folder beside the bundle's place, gone in the end; what a killed process left of one is removed first."""
+    prefix = f".new-{sha256_of(job.name)}-"
+    try:
+        job.root.bundles.mkdir(parents=True, exist_ok=True)
+        for left in job.root.bundles.glob(f"{prefix}*"):
+            _remove(left)
+        folder = Path(tempfile.mkdtemp(dir=job.root.bundles, prefix=prefix))
+        folder.chmod(0o755)
+    except OSError as error:
+        raise write_error(job.target, error) from error
+    try:
+        yield folder
+    except OSError as error:
+        raise write_error(job.target, error) from error
+    finally:
+        _remove(folder)
+
+
+def sha256_of(text: str) -> str:
+    """Return twelve digits that stand for a name, which may be too long for a file's with something before it."""
+    from zoo.files import sha256_bytes
+
+    return sha256_bytes(text.encode())[:12]
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _same(target: Path, folder: Path) -> bool:
+    """Return whether a whole bundle with the same content is there; the sums name every other file."""
+    try:
+        open_bundle(target)
+        return (target / SUMS).read_bytes() == (folder / SUMS).read_bytes()
+    except (ZooError, OSError):
+        return False
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Put a folder in another's place, which lies where the first was, or is gone, when it returns."""
+    if not os.path.lexists(target):
+        folder.replace(target)
+    elif not _exchange(folder, target):
+        aside = folder.with_name(f"{folder.name}-old")
+        target.rename(aside)
+        try:
+            folder.replace(target)
+        except OSError:
+            aside.rename(target)
+            raise
+        _remove(aside)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Swap two folders in one step, so that there is no moment without either; False where the system cannot."""
+    import ctypes
+
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return int(swap(here, os.fsencode(one), here, os.fsencode(two), exchange)) == 0
+
+
+def _write_proof(job: _Job, bundle: Bundle, verdict: dict[str, Any], predictions: Predictions) -> None:
+    """Keep beside the run what names samples: the artefact's logits on val, and the verdict with the model's digest."""
+    write_predictions(job.exports / "predictions-val.npz", predictions)
+    digest = sha256_file(bundle.model_file)
+    write_json(job.exports / "parity.json", {"bundle": job.name, "model_sha256": digest, **verdict})

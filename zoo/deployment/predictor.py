@@ -1,39 +1,54 @@
-"""Predicting new images with a finished run: the same decoding and preprocessing as in training."""
+"""Predicting new images with a bundle or a finished run: the same decoding and preprocessing as in training.
+
+Neither torch nor timm is imported here, nor needed for a bundle.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import nn
 
-from zoo.data.decode import BadImage, decode, resize
-from zoo.data.layouts import IMAGE_SUFFIXES
-from zoo.data.transforms import center_crop, normalise_tensor
+from zoo.data.decode import MAX_PIXELS, BadImage, decode, resize
+from zoo.data.transforms import center_crop, normalise
+from zoo.data.views import views_of
 from zoo.data.window import windowing_of
-from zoo.errors import ZooError, one_line
-from zoo.evaluation.explain import activation_maps, overlay
-from zoo.files import Home, atomic_writer, check_writable, user_path
-from zoo.runs import Preprocessing, Run, RunRecord, find_run
-from zoo.training.precision import PrecisionPlan, choose_device, recorded_plan, set_threads
-from zoo.training.scoring import finished_record, load_model
-from zoo.training.views import logits_of_views
+from zoo.deployment.answers import Answer, answers_of, check_sample, heat_of, mean_of_views
+from zoo.deployment.bundle import SAMPLE, Bundle, Rules, find_bundle, list_bundles, open_bundle
+from zoo.deployment.images import Encoded, Source, bytes_of, find_images, name_of
+from zoo.deployment.runtime import Session
+from zoo.errors import ZooError, nearest, one_line
+from zoo.evaluation.heat import overlay
+from zoo.files import Home, atomic_writer, check_writable, home, user_path
+from zoo.runs import Preprocessing, Run, find_run, list_runs
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 _EXPLAINED = 16  # images at once: gradients need more memory than scores
 
 
+class Network(Protocol):
+    """What answers: uint8 images (B, S, S, 3) in; logits (B, C) and class maps (B, C, h, w), or None, out."""
+
+    def __call__(self, batch: Pixels) -> tuple[Floats, Floats | None]:
+        """Return logits and class maps of images."""
+        ...
+
+    def explain(self, batch: Pixels) -> Pixels:
+        """Return images with where the network looked laid over; raises ZooError where that cannot be told."""
+        ...
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of one image: scores per class in [0, 1], or the reason why there are none."""
+    """What is said of one image, or the reason why nothing can be."""
 
     path: str
     label: str | None
@@ -41,6 +56,9 @@ class Prediction:
     refer: bool
     error: str | None
     explanation: str | None = None
+    prediction_set: tuple[str, ...] = ()
+    refer_reason: str | None = None
+    points: dict[str, bool] | None = None
 
     def row(self, explained: bool = False) -> dict[str, Any]:
         """Return the prediction as one line of JSON has it; `explanation` is in it where one was asked for."""
@@ -48,80 +66,143 @@ class Prediction:
             "path": self.path,
             "label": self.label,
             "scores": self.scores,
+            "prediction_set": list(self.prediction_set),
             "refer": self.refer,
+            "refer_reason": self.refer_reason,
+            "operating_points": self.points,
             "error": self.error,
         }
         return {**found, "explanation": self.explanation} if explained else found
 
 
-class Predictor:
-    """A network together with the preprocessing and the class names that belong to it.
+class BundleNetwork:
+    """A bundle's network: exactly the input of training, and a runtime's answer."""
 
-    tta: the views of an image that scores are the mean of (`zoo.training.views`), as the run was scored.
+    def __init__(self, session: Session, preprocessing: Preprocessing) -> None:
+        self.session, self.preprocessing = session, preprocessing
+
+    def __call__(self, batch: Pixels) -> tuple[Floats, Floats | None]:
+        """Return logits (B, C) and class maps (B, C, h, w), or None, of uint8 images (B, S, S, 3)."""
+        return self.session(normalise(batch, self.preprocessing))
+
+    def explain(self, batch: Pixels) -> Pixels:
+        """Return each image with the map of its class laid over; raises ZooError where the network gives no map."""
+        logits, maps = self(batch)
+        if maps is None:
+            raise ZooError("this bundle's network gives no map of its image; explain its run, which needs torch")
+        heats = heat_of(maps, logits.argmax(1).tolist())
+        return np.stack([overlay(image, heat) for image, heat in zip(batch, heats, strict=True)])
+
+
+class Predictor:
+    """A network together with the preprocessing, the class names and the rules that belong to it.
+
+    rules: what turns logits into an answer, chosen on val. tta: the views of an image that scores are the mean of
+    (`zoo.data.views`), as the run was scored. bundle: where it came from, None for a run. May be called from several
+    threads at once.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        network: Network,
         preprocessing: Preprocessing,
-        classes: list[str],
-        precision: PrecisionPlan,
+        classes: Sequence[str],
+        rules: Rules | None = None,
+        *,
         tta: str = "none",
+        negative_class: str | None = None,
+        bundle: Bundle | None = None,
     ) -> None:
-        self.model, self.preprocessing, self.classes = model, preprocessing, list(classes)
-        self.precision, self.tta = precision, tta
-        self.device = next(model.parameters()).device
+        self.network, self.preprocessing, self.classes = network, preprocessing, list(classes)
+        self.rules, self.tta, self.negative_class, self.bundle = rules or Rules(), tta, negative_class, bundle
 
     @classmethod
-    def load(cls, source: Run | str | os.PathLike[str], root: Home | None = None, device: str = "auto") -> Predictor:
-        """Return the predictor of a finished run, given itself, by name, or by its folder.
+    def load(
+        cls,
+        source: Bundle | Run | str | os.PathLike[str],
+        root: Home | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> Predictor:
+        """Return the predictor of a bundle or a finished run, given itself, by name, or by its folder.
 
-        Raises ZooError where there is no such run or it did not finish.
+        device: of a run; bundles run on the CPU. threads: cores of one call, all that may be used where left out. A
+        bundle is verified first, and its sample must get the answer that it got when it was exported. Raises ZooError
+        where there is no such bundle or run, it did not finish or was changed, or its runtime is not installed.
         """
-        run = source if isinstance(source, Run) else find_run(os.fspath(source), root)
-        record: RunRecord = finished_record(run)
-        assert record.preprocessing is not None
-        set_threads()
-        chosen = choose_device(device)
-        same = chosen.type == record.device.split(":")[0]
-        plan = recorded_plan(record.precision) if same else PrecisionPlan("float32", channels_last=True)
-        model = load_model(run, root, str(chosen)).to(memory_format=plan.memory_format)
-        return cls(model, record.preprocessing, record.classes, plan, record.tta)
+        found = source if isinstance(source, Bundle | Run) else _find(os.fspath(source), root)
+        if isinstance(found, Bundle):
+            return cls._of_bundle(found, threads)
+        from zoo.deployment.run_network import open_run
+
+        network, record, rules = open_run(found, root, device, threads)
+        return cls(
+            network,
+            network.preprocessing,
+            record.classes,
+            rules,
+            tta=record.tta,
+            negative_class=record.negative_class,
+        )
+
+    @classmethod
+    def _of_bundle(cls, bundle: Bundle, threads: int | None) -> Predictor:
+        record = bundle.record
+        session = Session(bundle.model_file, record.format, record.precision, threads)
+        network = BundleNetwork(session, record.preprocessing)
+        found = cls(
+            network,
+            record.preprocessing,
+            record.classes,
+            record.rules,
+            tta=record.tta,
+            negative_class=record.negative_class,
+            bundle=bundle,
+        )
+        sample = found.pixels((bundle.path / SAMPLE).read_bytes())
+        check_sample(network(sample[None])[0][0], record.sample.logits, record.sample.tolerance, bundle.name)
+        return found
+
+    @property
+    def explains(self) -> bool:
+        """Return whether answers come with class maps."""
+        return self.bundle is not None and self.bundle.record.activation_map
+
+    def prepare(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
+        """Return an encoded image resized, uint8 (H, W, 3), of which `logits` takes its views.
+
+        Raises BadImage where it cannot be decoded, or has more than max_pixels.
+        """
+        decoded = decode(data, windowing_of(self.preprocessing), max_pixels=max_pixels)
+        return resize(decoded, self.preprocessing.resize_size, self.preprocessing.interpolation)
 
     def pixels(self, data: bytes) -> Pixels:
         """Return the network's view of an encoded image: uint8 of shape (size, size, 3).
 
         Raises BadImage where it cannot be decoded.
         """
-        return center_crop(self._resized(data), self.preprocessing.image_size)
+        return center_crop(self.prepare(data), self.preprocessing.image_size)
 
-    def _resized(self, data: bytes) -> Pixels:
-        decoded = decode(data, windowing_of(self.preprocessing))
-        return resize(decoded, self.preprocessing.resize_size, self.preprocessing.interpolation)
+    def logits(self, images: Sequence[Pixels]) -> tuple[Floats, Floats | None]:
+        """Return logits (B, C), and class maps (B, C, h, w) of the centre view or None, of prepared images."""
+        if self.tta == "none":
+            size = self.preprocessing.image_size
+            return self.network(np.stack([center_crop(each, size) for each in images]))
+        views = zip(*(views_of(each, self.preprocessing, self.tta) for each in images), strict=True)
+        said = [self.network(np.stack(view)) for view in views]
+        return mean_of_views(np.stack([logits for logits, _ in said])), said[0][1]
 
-    def scores(self, batch: Pixels) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Return softmax scores (B, classes) of uint8 images (B, size, size, 3)."""
-        found: np.ndarray[Any, np.dtype[np.float64]] = torch.softmax(self._logits(batch).double(), 1).numpy()
-        return found
+    def answers(self, logits: Floats) -> list[Answer]:
+        """Return what is said of each row of logits (B, C); raises ZooError where one is not finite."""
+        return answers_of(logits, self.classes, self.rules, self.negative_class)
 
-    def _logits(self, batch: Pixels) -> torch.Tensor:
-        with torch.inference_mode(), self.precision.autocast(self.device):
-            images = normalise_tensor(torch.from_numpy(batch).to(self.device), self.preprocessing)
-            logits: torch.Tensor = self.model(self.precision.place(images)).float().cpu()
-        return logits
-
-    def explain(self, batch: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def explain(self, batch: Pixels) -> Pixels:
         """Return where the network looked for the class it predicts: uint8 (B, size, 2 x size, 3).
 
         batch: uint8 (B, size, size, 3), as `pixels` gives them; they stand at the left of their maps. Raises ZooError
         where the network keeps no map of its image.
         """
-        images = normalise_tensor(torch.from_numpy(batch).to(self.device), self.preprocessing)
-        with torch.no_grad():
-            targets = self.model(images).argmax(dim=1)
-        maps = activation_maps(self.model, images, targets).numpy()
-        looked = np.stack([overlay(image, heat) for image, heat in zip(batch, maps, strict=True)])
-        return np.concatenate([batch, looked], axis=2)
+        return np.concatenate([batch, self.network.explain(batch)], axis=2)
 
     def predict(
         self,
@@ -137,16 +218,16 @@ class Predictor:
         return list(self.stream(find_images(paths), batch_size, explain))
 
     def stream(
-        self, files: Iterable[Path], batch_size: int = 32, explain: str | os.PathLike[str] | None = None
+        self, files: Iterable[Source], batch_size: int = 32, explain: str | os.PathLike[str] | None = None
     ) -> Iterator[Prediction]:
-        """Yield the predictions of image files in order, a batch at a time; explain as in `predict`."""
+        """Yield the predictions of images in order, a batch at a time; explain as in `predict`."""
         folder = None
         if explain is not None:
             if not os.fspath(explain):
                 raise ZooError("explain needs a folder for its pictures. Got an empty name")
             folder = user_path(explain)
             check_writable(folder)
-        waiting: list[tuple[int, Path]] = []
+        waiting: list[tuple[int, Source]] = []
         for place in enumerate(files):
             waiting.append(place)
             if len(waiting) == batch_size:
@@ -155,69 +236,88 @@ class Predictor:
         if waiting:
             yield from self._batch(waiting, folder)
 
-    def _batch(self, numbered: list[tuple[int, Path]], folder: Path | None) -> Iterator[Prediction]:
-        files = [file for _, file in numbered]
+    def _batch(self, numbered: list[tuple[int, Source]], folder: Path | None) -> Iterator[Prediction]:
         images: dict[int, Pixels] = {}
-        errors: dict[int, str] = {}
-        for place, file in enumerate(files):
+        found: dict[int, Prediction] = {}
+        for number, source in numbered:
             try:
-                images[place] = self._resized(file.read_bytes())
+                images[number] = self.prepare(bytes_of(source))
             except OSError as error:
-                errors[place] = one_line(error.strerror or error)
-            except BadImage as error:
-                errors[place] = str(error)
-        scores: dict[int, Any] = {}
+                found[number] = _failed(source, one_line(error.strerror or error))
+            except (BadImage, ValueError) as error:
+                found[number] = _failed(source, one_line(error, 300))
+        sources = dict(numbered)
         if images:
-            logits = logits_of_views(list(images.values()), self.preprocessing, self.tta, self._logits)
-            scores = dict(zip(images, torch.softmax(logits.double(), 1).numpy(), strict=True))
-        images = {place: center_crop(image, self.preprocessing.image_size) for place, image in images.items()}
-        shown = self._write_explanations(images, numbered, folder) if folder is not None and images else {}
-        for place, file in enumerate(files):
-            if place in errors:
-                yield Prediction(str(file), None, {}, True, errors[place])
-                continue
-            row = scores[place]
-            named = {name: float(value) for name, value in zip(self.classes, row, strict=True)}
-            yield Prediction(str(file), self.classes[int(row.argmax())], named, False, None, shown.get(place))
+            logits, _ = self.logits(list(images.values()))
+            for number, row in zip(images, logits, strict=True):
+                found[number] = self._prediction(sources[number], row)
+        good = {number: image for number, image in images.items() if found[number].error is None}
+        shown = self._write_explanations(good, sources, folder) if folder is not None and good else {}
+        for number in sources:
+            yield replace(found[number], explanation=shown.get(number))
+
+    def _prediction(self, source: Source, logits: Floats) -> Prediction:
+        try:
+            answer = self.answers(logits[None])[0]
+        except ZooError as error:
+            return _failed(source, str(error))
+        return Prediction(
+            name_of(source),
+            answer.label,
+            answer.scores,
+            answer.refer,
+            None,
+            None,
+            tuple(answer.prediction_set),
+            answer.refer_reason,
+            answer.points,
+        )
 
     def _write_explanations(
-        self, images: dict[int, np.ndarray[Any, Any]], numbered: list[tuple[int, Path]], folder: Path
+        self, images: dict[int, Pixels], sources: dict[int, Source], folder: Path
     ) -> dict[int, str]:
         """Write a picture for each image and return the files; a number before the name keeps two of one name apart."""
         found: dict[int, str] = {}
-        places = list(images)
-        for start in range(0, len(places), _EXPLAINED):
-            part = places[start : start + _EXPLAINED]
-            for place, picture in zip(part, self.explain(np.stack([images[each] for each in part])), strict=True):
-                number, file = numbered[place]
-                name = re.sub(r"[^A-Za-z0-9._-]+", "_", file.stem)[:60]
+        numbers, size = list(images), self.preprocessing.image_size
+        for start in range(0, len(numbers), _EXPLAINED):
+            part = numbers[start : start + _EXPLAINED]
+            pictures = self.explain(np.stack([center_crop(images[each], size) for each in part]))
+            for number, picture in zip(part, pictures, strict=True):
+                name = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name_of(sources[number])).stem)[:60]
                 target = folder / f"{number:05d}-{name}.png"
                 with atomic_writer(target) as stream:
                     Image.fromarray(picture).save(stream, "PNG")
-                found[place] = str(target)
+                found[number] = str(target)
         return found
 
 
-def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Return the files that paths mean: a file is itself, a folder all images below it, in order of names.
+def _failed(source: Source, reason: str) -> Prediction:
+    return Prediction(name_of(source), None, {}, True, reason, refer_reason="there is no answer")
 
-    Raises ZooError where a path is not there, a folder holds no image, or no path is given.
-    """
-    found: list[Path] = []
-    for path in (user_path(each) for each in paths):
-        if not os.path.lexists(path):  # unlike Path.exists it takes a name that is too long
-            raise ZooError(f"there is no file or folder {one_line(path)!r}; check the path")
-        if path.is_dir():
-            inside = sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not file.name.startswith(".")
-            )
-            if not inside:
-                raise ZooError(f"folder {one_line(path)!r} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            found += inside
-        else:
-            found.append(path)
-    if not found:
-        raise ZooError("no image was named; give files or folders")
-    return found
+
+def _find(name: str, root: Home | None) -> Bundle | Run:
+    """Return the bundle or the run of a name or folder; raises ZooError with the nearest name where there is none."""
+    root = root or home()
+    for folder in (root.bundles / name, user_path(name)):
+        if _holds(folder, "bundle.json"):
+            return open_bundle(find_bundle(name, root), root)
+        if _holds(folder, "run.json"):
+            return find_run(name, root)
+    if _holds(root.runs / name, "run.json"):
+        return find_run(name, root)
+    known = [*list_bundles(root), *(run.name for run in list_runs(root))]
+    hint = nearest(name, known) or "; make one with `zoo train` and `zoo export`"
+    raise ZooError(
+        f"there is no bundle or run {one_line(name)!r}{hint} (`zoo list bundles` and `zoo list runs` show all "
+        f"{len(known)})"
+    )
+
+
+def _holds(folder: Path, file: str) -> bool:
+    try:
+        return (folder / file).is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
+
+
+__all__ = ["BundleNetwork", "Encoded", "Network", "Prediction", "Predictor", "find_images"]

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from zoo.errors import ZooError, nearest, one_line
+from zoo.errors import ZooError
 from zoo.evaluation.calibration_error import adaptive_ece, ece_interval, reliability, top_label
+from zoo.evaluation.conformal import METHODS, check_method, nonconformity, prediction_sets
 from zoo.evaluation.metrics import (
     brier_of,
     check_logits,
@@ -26,7 +27,6 @@ from zoo.evaluation.metrics import (
 from zoo.evaluation.predictions import Predictions
 from zoo.evaluation.proportions import proportion_interval
 
-METHODS = ("lac", "aps")
 TEMPERATURES = (0.05, 20.0)
 _LOGIT_LIMIT = 3e38  # what float32 holds
 
@@ -164,33 +164,12 @@ def conformal_quantile(val_scores: np.ndarray, y_true: np.ndarray, method: str, 
     0.45
     """
     check_scores(y_true, val_scores)
-    _check_method(method)
+    check_method(method)
     if not 0 < coverage < 1:
         raise ZooError(f"coverage must lie in (0, 1). Got {coverage}; ask for 0.9, say")
-    of_true = np.sort(_nonconformity(val_scores, method)[np.arange(len(y_true)), y_true])
+    of_true = np.sort(nonconformity(val_scores, method)[np.arange(len(y_true)), y_true])
     rank = math.ceil((len(y_true) + 1) * coverage - 1e-9)
     return float(of_true[rank - 1]) if rank <= len(y_true) else math.inf
-
-
-def prediction_sets(y_score: np.ndarray, quantile: float, method: str) -> np.ndarray:
-    """Return which classes are in each sample's set: (N, C) bool, of y_score (N, C) in [0, 1].
-
-    quantile: of `conformal_quantile` by the same method. `aps` takes classes from the highest score on, the one at
-    which the sum crosses the quantile included: no set is empty, and without randomising it is conservative (above
-    all where top1 exceeds the coverage asked, and the quantile is 0). Raises ZooError for an unknown method.
-    """
-    _check_method(method)
-    return np.asarray(_nonconformity(y_score, method) <= quantile)
-
-
-def _nonconformity(y_score: np.ndarray, method: str) -> np.ndarray:
-    """Return for each class how ill it fits the sample: (N, C)."""
-    if method == "lac":
-        return np.asarray(1 - y_score)
-    order = np.argsort(-y_score, axis=1, kind="stable")
-    above = np.cumsum(np.take_along_axis(y_score, order, axis=1), axis=1)[:, :-1]
-    above = np.concatenate([np.zeros((len(above), 1)), above], axis=1)
-    return np.take_along_axis(above, np.argsort(order, axis=1), axis=1)
 
 
 def conformal_report(val: Predictions, test: Predictions, classes: list[str], coverage: float = 0.9) -> dict[str, Any]:
@@ -299,6 +278,20 @@ def operating_points(
     `at` outside (0, 1).
     """
     _check_pair(val, test, classes, negative_class)
+    found, negative = operating_thresholds(val, classes, negative_class, at), negative_index(classes, negative_class)
+    if found is None or negative is None:
+        return None
+    return {name: {**point, **_on_test(test, negative, point["threshold"])} for name, point in found.items()}
+
+
+def operating_thresholds(
+    val: Predictions, classes: list[str], negative_class: str | None = None, at: float = 0.95
+) -> dict[str, Any] | None:
+    """Return the thresholds of `operating_points` with what they give on val, without a look at test.
+
+    Each: `asked`, `threshold`, `val_sensitivity`, `val_specificity`. None and ZooError as `operating_points`.
+    """
+    check_predictions(val, classes, negative_class)
     if not 0 < at < 1:
         raise ZooError(f"the sensitivity or specificity asked must lie in (0, 1). Got {at}; ask for 0.95, say")
     negative = negative_index(classes, negative_class)
@@ -318,7 +311,6 @@ def operating_points(
             "threshold": float(cuts[cut]),
             "val_sensitivity": float(sensitivity[cut]),
             "val_specificity": float(specificity[cut]),
-            **_on_test(test, negative, float(cuts[cut])),
         }
         for name, cut in chosen.items()
     }
@@ -354,10 +346,3 @@ def _check_pair(
         )
     for each in (val, test):
         check_predictions(each, classes or [str(index) for index in range(widths[0])], negative_class)
-
-
-def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ZooError(
-            f"conformal method must be one of {', '.join(METHODS)}. Got {one_line(method)!r}{nearest(method, METHODS)}"
-        )

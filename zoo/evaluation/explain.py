@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 from torch import nn
@@ -14,7 +13,6 @@ from torch import nn
 from zoo.errors import ZooError, one_line
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-_STRENGTH = 0.6  # of the colour where the map is 1
 
 
 def activation_maps(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -160,17 +158,6 @@ def _no_map(model: nn.Module) -> ZooError:
         f"{type(model).__name__} keeps no map of its image that a class could be traced back to; explain a network "
         "with convolutions or with patch tokens"
     )
-
-
-def overlay(pixels: Pixels, heat: np.ndarray[Any, Any]) -> Pixels:
-    """Return an image with its map laid over: uint8 (H, W, 3); heat: (h, w) in [0, 1], 0 changes nothing."""
-    from matplotlib import colormaps
-
-    height, width = pixels.shape[:2]
-    smooth = cv2.resize(heat.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR).clip(0, 1)
-    colour = colormaps["inferno"](0.25 + 0.75 * smooth)[..., :3] * 255
-    share = (_STRENGTH * smooth)[..., None]
-    return np.asarray((pixels * (1 - share) + colour * share).round(), dtype=np.uint8)
 
 
 def paint_over(pixels: Pixels, part: Literal["centre", "border"]) -> Pixels:

@@ -12,7 +12,8 @@ from zoo.data.cache import Pixels, open_pixels
 from zoo.data.manifest import load_dataset
 from zoo.data.transforms import center_crop, normalise_tensor
 from zoo.errors import ZooError
-from zoo.evaluation.explain import activation_maps, overlay, paint_over
+from zoo.evaluation.explain import activation_maps, paint_over
+from zoo.evaluation.heat import overlay
 from zoo.evaluation.predictions import Predictions
 from zoo.evaluation.statistics import top1_interval
 from zoo.files import Home, digest_of, home, read_json, sha256_file, write_json

@@ -1,0 +1,135 @@
+"""From logits to an answer that can be acted on: calibrated scores, the prediction set, and when to ask a human."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zoo.deployment.bundle import Rules
+from zoo.errors import ZooError, one_line
+from zoo.evaluation.conformal import prediction_sets
+
+Floats = np.ndarray[Any, np.dtype[Any]]
+UNBOUNDED = math.inf
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is said of one image.
+
+    scores: calibrated, by class, in [0, 1], their sum 1. prediction_set: the classes among which the true one is as
+    often as the rules say; empty where there is no such rule. refer: whether a human should decide, and why. points:
+    of each operating point that the rules have, whether the image is called positive; None without any.
+    """
+
+    label: str
+    scores: dict[str, float]
+    prediction_set: list[str]
+    refer: bool
+    refer_reason: str | None
+    points: dict[str, bool] | None = None
+
+
+def answers_of(logits: Floats, classes: Sequence[str], rules: Rules, negative_class: str | None = None) -> list[Answer]:
+    """Return an answer for each row of logits (B, C).
+
+    Raises ZooError where a logit is not finite: of such an image nothing can be said.
+
+    >>> one, two = answers_of(np.array([[2.0, 0.0], [0.1, 0.0]]), ["a", "b"], Rules())
+    >>> one.label, round(one.scores["a"], 3), one.refer
+    ('a', 0.881, False)
+    """
+    if not np.isfinite(logits).all():
+        raise ZooError("the network's answer is not finite; nothing can be said of this image")
+    scores = _softmax(logits.astype(np.float64) / rules.temperature)
+    sets = _sets(scores, rules)
+    return [
+        _answer(row, [name for name, held in zip(classes, among, strict=True) if held], classes, rules, negative_class)
+        for row, among in zip(scores, sets, strict=True)
+    ]
+
+
+def _softmax(logits: Floats) -> Floats:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+
+
+def _sets(scores: Floats, rules: Rules) -> np.ndarray[Any, Any]:
+    if rules.conformal is None:
+        return np.zeros(scores.shape, bool)
+    quantile = UNBOUNDED if rules.conformal.quantile is None else rules.conformal.quantile
+    return prediction_sets(scores, quantile, rules.conformal.method)
+
+
+def _answer(
+    scores: Floats, among: list[str], classes: Sequence[str], rules: Rules, negative_class: str | None
+) -> Answer:
+    named = {name: float(value) for name, value in zip(classes, scores, strict=True)}
+    reason = _refer_reason(float(scores.max()), rules)
+    label = classes[int(scores.argmax())]
+    return Answer(label, named, among, reason is not None, reason, _points(named, classes, rules, negative_class))
+
+
+def _refer_reason(confidence: float, rules: Rules) -> str | None:
+    if rules.refer is None:
+        return None
+    threshold, share = rules.refer.threshold, f"{rules.refer.max_error:.0%}"
+    if threshold is None:
+        return f"on val no confidence was high enough for an error of {share} or less, so that every image is referred"
+    if confidence >= threshold:
+        return None
+    return f"confidence {confidence:.3f} is below {threshold:.3f}, from which on val's error was {share} or less"
+
+
+def _points(
+    scores: dict[str, float], classes: Sequence[str], rules: Rules, negative_class: str | None
+) -> dict[str, bool] | None:
+    if not rules.operating_points:
+        return None
+    # Of two classes the first is negative unless one is named, as in `zoo.evaluation.metrics.negative_index`.
+    positive = 1 - scores[negative_class if negative_class in scores else classes[0]]
+    return {name: bool(positive >= point["threshold"]) for name, point in rules.operating_points.items()}
+
+
+def mean_of_views(logits: Floats) -> Floats:
+    """Return one row of logits for each image from those of its views, (V, B, C): the log of the mean softmax.
+
+    The same as `zoo.training.views.combine`, up to rounding; those of a single view are returned as they are.
+    """
+    if len(logits) == 1:
+        return np.asarray(logits[0])
+    p = np.stack([_softmax(each.astype(np.float64)) for each in logits]).mean(axis=0)
+    return np.asarray(np.log(np.maximum(p, np.finfo(np.float64).tiny)), dtype=logits.dtype)
+
+
+def heat_of(maps: Floats, targets: Sequence[int]) -> Floats:
+    """Return where evidence for one class of each image was found: (B, h, w) in [0, 1], all 0 without any.
+
+    maps: (B, C, h, w), what each place adds to each class's logit (Zhou et al. 2016, arXiv 1512.04150).
+    """
+    chosen = np.maximum(maps[np.arange(len(maps)), list(targets)], 0)
+    highest = chosen.max(axis=(1, 2), keepdims=True)
+    return np.asarray(np.divide(chosen, highest, out=np.zeros_like(chosen), where=highest > 0))
+
+
+def check_sample(logits: Floats, expected: Sequence[float], tolerance: float, name: str) -> None:
+    """Raise ZooError unless a bundle's network says of its sample what it said when it was exported.
+
+    logits, expected: (C,). tolerance: a part of the greatest expected logit, or of 1 where that is less.
+    """
+    wanted = np.asarray(expected, np.float64)
+    if wanted.shape != logits.shape or not np.isfinite(logits).all():
+        apart, allowed = math.inf, tolerance
+    else:
+        apart = float(np.abs(logits - wanted).max())
+        allowed = tolerance * max(1.0, float(np.abs(wanted).max()))
+    if apart > allowed:
+        raise ZooError(
+            f"bundle {one_line(name)!r} says something else of its sample here than where it was exported: logits "
+            f"differ by {apart:.3g}, at most {allowed:.3g} is rounding; export it on a machine like this one, or "
+            "compare the versions in bundle.json"
+        )
