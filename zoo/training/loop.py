@@ -154,12 +154,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-# The last three are oneDNN's words where it gets no memory for its work.
+# The last four are cuDNN's and oneDNN's words where they get no memory for their work.
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
     "out of memory",
     "std::bad_alloc",
+    "unable to find an engine to execute this computation",
     "could not create a memory",
     "could not create a primitive",
     "could not execute a primitive",

@@ -213,7 +213,7 @@ class Trainer:
         charged = max(0.0, train.seconds + val.seconds - (time.perf_counter() - started))
         self.progress.step_s = train.seconds
         self.progress.images_seen = len(self.train_pixels)
-        backbone = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+        backbone = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
         counts = np.bincount(self.train_pixels.y_true, minlength=len(self.plan.dataset.classes))
         criterion = make_criterion(self.recipe.loss, counts, torch.device("cpu"))
         trainer = HeadTrainer(self.recipe, self.plan.seed, phase, name, classifier, train, val, criterion)
@@ -439,7 +439,7 @@ class Trainer:
 
 
 def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    return {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
 
 
 def _begun_threads(progress: Progress) -> int:
