@@ -15,7 +15,6 @@ from zoo.data.manifest import load_dataset
 from zoo.deployment import export as exporting
 from zoo.deployment.bundle import SUMS, open_bundle
 from zoo.deployment.export import export
-from zoo.deployment.predictor import Predictor
 from zoo.deployment.runtime import Session
 from zoo.errors import ZooError
 from zoo.evaluation.predictions import read_predictions
@@ -87,7 +86,16 @@ def test_the_same_run_gives_the_same_bytes_in_another_place_and_process(trained,
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_nothing_in_a_bundle_names_this_machine(trained, run, form):
     bundle = export(run, trained, format=form)
-    places = [str(trained.root), str(Path.home()), str(Path.cwd()), sys.prefix, "/tmp/", "site-packages", ".py", os.uname().nodename]
+    places = [
+        str(trained.root),
+        str(Path.home()),
+        str(Path.cwd()),
+        sys.prefix,
+        "/tmp/",
+        "site-packages",
+        ".py",
+        os.uname().nodename,
+    ]
     for path, data in contents(bundle.path).items():
         for place in places:
             assert place.encode() not in data, (path.name, place)
@@ -102,7 +110,9 @@ def plant(monkeypatch, **changes):
 
     def planted(*words):
         record = honest(*words)
-        wrong = {key: record.preprocessing.model_copy(update=value) for key, value in changes.items() if key != "classes"}
+        wrong = {
+            key: record.preprocessing.model_copy(update=value) for key, value in changes.items() if key != "classes"
+        }
         if "classes" in changes:
             wrong["classes"] = changes["classes"](record.classes)
         return record.model_copy(update=wrong)
@@ -143,7 +153,7 @@ PLANTS = {
 @pytest.mark.parametrize("what", PLANTS)
 def test_a_bundle_that_is_not_the_network_is_refused_and_nothing_stays(trained, run, monkeypatch, what):
     PLANTS[what](monkeypatch)
-    with pytest.raises(ZooError, match="it is not the network that was trained|has other classes") as refused:
+    with pytest.raises(ZooError, match=r"it is not the network that was trained|has other classes") as refused:
         export(run, trained)
     assert "\n" not in str(refused.value)
     if what != "names of classes":
@@ -261,7 +271,9 @@ def test_a_signal_in_the_middle_leaves_nothing(trained, run, number, code):
         "    sys.exit(stopped.exit_code)\n"
     )
     started = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", program], stdout=subprocess.PIPE, env={**os.environ, "ZOO_HOME": str(trained.root)}
+        [sys.executable, "-W", "ignore", "-c", program],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "ZOO_HOME": str(trained.root)},
     )
     assert started.stdout is not None
     assert started.stdout.readline() == b"now\n"
