@@ -21,6 +21,7 @@ _PLACES = {
     "compare": "zoo.benchmark.comparisons",
     "create_model": "zoo.models.registry",
     "evaluate": "zoo.training.scoring",
+    "export": "zoo.deployment.export",
     "fold_dataset": "zoo.data.resplit",
     "find_lr": "zoo.reporting.lr_range",
     "find_model": "zoo.models.registry",
@@ -33,6 +34,7 @@ _PLACES = {
     "load_dataset": "zoo.data.manifest",
     "load_model": "zoo.training.scoring",
     "load_recipe": "zoo.recipe",
+    "pick": "zoo.benchmark.picking",
     "plan": "zoo.benchmark.outlook",
     "plot_confusion_matrices": "zoo.reporting.plots",
     "plot_learning_curves": "zoo.reporting.plots",
@@ -52,6 +54,7 @@ __all__ = ["__version__", *sorted(_PLACES)]  # noqa: PLE0604
 if TYPE_CHECKING:
     from zoo.benchmark.comparisons import compare as compare
     from zoo.benchmark.outlook import plan as plan
+    from zoo.benchmark.picking import pick as pick
     from zoo.benchmark.reports import report as report
     from zoo.benchmark.suite import bench as bench
     from zoo.benchmark.tune import tune as tune
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from zoo.data.resplit import fold_dataset as fold_dataset
     from zoo.data.resplit import resplit_dataset as resplit_dataset
     from zoo.data.sources import import_dataset as import_dataset
+    from zoo.deployment.export import export as export
     from zoo.deployment.predictor import Predictor as Predictor
     from zoo.errors import ZooError as ZooError
     from zoo.files import Home as Home

@@ -47,6 +47,16 @@ class Home:
         return self.root / "models" / "bundles"
 
     @property
+    def latency(self) -> Path:
+        """Return the folder of how fast each bundle was found to be on this machine."""
+        return self.root / "models" / "latency"
+
+    @property
+    def picks(self) -> Path:
+        """Return the folder of the figures of what was picked, one for each dataset."""
+        return self.root / "models" / "picks"
+
+    @property
     def locks(self) -> Path:
         """Return the folder of the locks that keep two processes from training one run."""
         return self.root / "models" / ".locks"

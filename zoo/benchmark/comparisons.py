@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from zoo.benchmark.results import dataset_floors
 from zoo.data.manifest import Dataset, load_dataset, split_summary
 from zoo.errors import ZooError
+from zoo.evaluation.floors import dataset_floors
 from zoo.evaluation.ledger import looks_at_test
 from zoo.evaluation.statistics import MARGIN
 from zoo.files import Home, home

@@ -1,4 +1,4 @@
-"""A benchmark's files: floors, table in four formats, and figures, all out of run folders."""
+"""A benchmark's files: table in four formats, and figures, all out of run folders."""
 
 from __future__ import annotations
 
@@ -6,50 +6,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from zoo.data.cache import open_pixels
-from zoo.data.facts import dataset_facts, file_facts
 from zoo.data.manifest import Dataset
 from zoo.data.transforms import center_crop
-from zoo.data.window import windowing_of_facts
 from zoo.errors import ZooError
-from zoo.evaluation.floors import SIDE, compute_floors, fact_columns
 from zoo.evaluation.predictions import Predictions, read_predictions
-from zoo.files import Home, digest_of, read_json, write_json, write_text
+from zoo.files import Home, write_text
 from zoo.reporting import plots
 from zoo.reporting.comparison import Comparison
 from zoo.reporting.tables import ENDINGS, FORMATS, title
-from zoo.runs import Preprocessing, Run
-
-FLOORS_VERSION = 3
-_SMALL = Preprocessing(
-    image_size=SIDE, crop_pct=1.0, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
-)
-
-
-def dataset_floors(dataset: Dataset, bad_images: str | None = None) -> list[dict[str, Any]]:
-    """Return the floors of a dataset's test split, computed once per split."""
-    key = digest_of(
-        [FLOORS_VERSION, dataset.split_digest, bad_images or dataset.bad_images, dataset.facts.get("window")]
-    )
-    file = dataset.folder / ".cache" / f"floors-{key[:16]}.json"
-    try:
-        stored: list[dict[str, Any]] = read_json(file)["floors"]
-    except (ZooError, KeyError):
-        own = windowing_of_facts(dataset.facts)
-        shown = {"window": dataset.facts.get("window"), "rescale_slope": own.slope, "rescale_intercept": own.intercept}
-        preprocessing = _SMALL.model_copy(update=shown)
-        train, test = (open_pixels(dataset, split, preprocessing, bad_images) for split in ("train", "test"))
-        pixels = [np.stack([center_crop(each[i], SIDE) for i in range(len(each))]) for each in (train, test)]
-        columns = fact_columns(file_facts(dataset_facts(dataset)))
-        place = {sample: number for number, sample in enumerate(dataset.frame["sample_id"])}
-        facts = [columns[[place[each] for each in split.sample_ids.tolist()]] for split in (train, test)]
-        stored = compute_floors(
-            pixels[0], train.y_true, pixels[1], test.y_true, test.groups, dataset.classes, facts[0], facts[1]
-        )
-        write_json(file, {"floors": stored})
-    return stored
+from zoo.runs import Run
 
 
 def write_results(

@@ -9,10 +9,11 @@ from typing import Any
 
 from zoo.benchmark.definition import Benchmark, load_benchmark, results_folder
 from zoo.benchmark.executors import OnStep, Step, check_jobs, run_all
-from zoo.benchmark.results import dataset_floors, write_results
+from zoo.benchmark.results import write_results
 from zoo.data.leaks import refuse_leaks
 from zoo.data.manifest import Dataset, load_dataset, split_summary
 from zoo.errors import Interrupted, ZooError, one_line
+from zoo.evaluation.floors import dataset_floors
 from zoo.evaluation.ledger import looks_at_test
 from zoo.files import Home, check_name, check_writable, home
 from zoo.recipe import load_recipe

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from zoo.cli import benchmarks, datasets, listing, predictions, pretraining, runs, serving, tuning
+from zoo.cli import benchmarks, datasets, deployment, listing, picking, predictions, pretraining, runs, serving, tuning
 from zoo.errors import EXIT_MISTAKE, EXIT_SIGINT, EXIT_SIGTERM, Interrupted, ZooError
 
 app = typer.Typer(
@@ -25,9 +25,11 @@ datasets.add_to(app)
 listing.add_to(app)
 runs.add_to(app)
 benchmarks.add_to(app)
+deployment.add_to(app)
 predictions.add_to(app)
 pretraining.add_to(app)
 tuning.add_to(app)
+picking.add_to(app)
 serving.add_to(app)
 
 

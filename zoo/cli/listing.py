@@ -255,7 +255,6 @@ def _find(name: str) -> dict[str, Any]:
     from zoo.deployment.bundle import find_bundle, list_bundles, open_bundle
     from zoo.errors import ZooError, nearest, one_line
     from zoo.files import home
-    from zoo.models.registry import find_model
     from zoo.recipe import list_recipes, load_recipe
     from zoo.runs import find_run, list_runs
 
@@ -291,6 +290,8 @@ def _find(name: str) -> dict[str, Any]:
         bundle = open_bundle(folder)
         size = {"kind": "bundle", "path": str(bundle.path), "size_bytes": bundle.size_bytes}
         return {**size, **bundle.record.model_dump(mode="json"), "card": bundle.card}
+    from zoo.models.registry import find_model  # needs torch, which a machine that has bundles alone lacks
+
     try:
         spec = find_model(name)
     except ZooError:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from zoo.deployment.predictor import Prediction, Predictor
 
 Write = Callable[["Prediction"], None]
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # OWASP, "CSV injection"
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -62,38 +63,30 @@ def predict(
     sources = _sources(paths or [], paths_from)
     form = _form(json, csv, output)
     predictor = Predictor.load(model, device=device, threads=threads)
-    failed = 0
+    failed = referred = 0
     with _written(form, output, predictor, explain is not None) as write, bars(quiet=json or csv) as shown:
         advance = shown.images("predicting")
         for number, found in enumerate(predictor.stream(sources, batch_size, explain), 1):
             advance(number, len(sources))
             failed += found.error is not None
+            referred += found.refer and found.error is None
             write(found)
-    if form == "table":
-        _say_after(predictor, explain, output)
+    if not (json or csv):
+        _say_after(predictor, explain)
+        _say_counts(len(sources), referred, failed, output)
     if failed == len(sources):
         raise typer.Exit(1)
 
 
 def _sources(paths: list[str], paths_from: str | None) -> list[Source]:
     """Return what the words of the command line mean; standard input is read at most once."""
-    from zoo.deployment.images import MAX_FILE_BYTES, Encoded, find_images, listed_paths
-    from zoo.errors import ZooError, one_line
-    from zoo.files import user_path
+    from zoo.deployment.images import MAX_FILE_BYTES, Encoded, find_images
+    from zoo.errors import ZooError
 
-    given = list(paths)
-    if [*given, paths_from].count("-") > 1:
+    if [*paths, paths_from].count("-") > 1:
         raise ZooError("standard input was named twice; name it once, as an image or as a list of paths")
-    if paths_from is not None:
-        try:
-            text = sys.stdin.read() if paths_from == "-" else user_path(paths_from).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ZooError(
-                f"cannot read the list {one_line(paths_from)!r}: {one_line(error)}; check the file"
-            ) from None
-        given += listed_paths(text)
     found: list[Source] = []
-    for each in given:
+    for each in paths:
         if each != "-":
             found += find_images([each])
             continue
@@ -101,7 +94,22 @@ def _sources(paths: list[str], paths_from: str | None) -> list[Source]:
         if len(data) > MAX_FILE_BYTES:
             raise ZooError(f"standard input holds more than {MAX_FILE_BYTES >> 20} MiB; give one image")
         found.append(Encoded("-", data))
-    return found or list(find_images([]))
+    return found + (_listed(paths_from) if paths_from is not None else [])
+
+
+def _listed(file: str) -> list[Path]:
+    from zoo.deployment.images import listed_images
+    from zoo.errors import ZooError, one_line
+    from zoo.files import user_path
+
+    if file == "-":
+        return listed_images(sys.stdin.buffer, "-")
+    try:
+        with user_path(file).open("rb") as stream:
+            return listed_images(stream, file)
+    except (OSError, ValueError) as error:
+        reason = one_line(getattr(error, "strerror", None) or error)
+        raise ZooError(f"cannot read the list {one_line(file)!r}: {reason}; check the path") from None
 
 
 def _form(json: bool, csv: bool, output: Path | None) -> str:
@@ -124,13 +132,24 @@ def _written(form: str, output: Path | None, predictor: Predictor, explained: bo
 
     if output is not None:
         with atomic_writer(user_path(output)) as stream:
-            yield _line_writer(form, predictor, explained, lambda line: stream.write(line.encode()))
+            yield _line_writer(form, predictor, explained, lambda line: stream.write(_encoded(line)))
     elif form != "table":
-        yield _line_writer(form, predictor, explained, lambda line: print(line, end="", flush=True))
+        yield _line_writer(form, predictor, explained, _print_line)
     else:
         rows: list[list[str]] = []
         yield lambda found: rows.append(_table_row(found))
         _print_rows(rows)
+
+
+def _print_line(line: str) -> None:
+    sys.stdout.flush()
+    sys.stdout.buffer.write(_encoded(line))  # UTF-8, whatever the terminal's encoding
+    sys.stdout.buffer.flush()
+
+
+def _encoded(line: str) -> bytes:
+    r"""Return a line as UTF-8; what is no character, in a file's name of another encoding, as `\udcff`."""
+    return line.encode("utf-8", "backslashreplace")
 
 
 def _line_writer(form: str, predictor: Predictor, explained: bool, put: Callable[[str], Any]) -> Write:
@@ -157,7 +176,7 @@ def _csv_line(cells: list[Any]) -> str:
     import io
 
     def safe(cell: Any) -> Any:
-        if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") and cell != "-":
+        if isinstance(cell, str) and cell[:1] in _FORMULA and cell != "-":
             return "'" + cell
         return str(cell).lower() if isinstance(cell, bool) else cell
 
@@ -197,7 +216,14 @@ def _print_rows(rows: list[list[str]]) -> None:
     )
 
 
-def _say_after(predictor: Predictor, explain: str | None, output: Path | None) -> None:
+def _say_counts(images: int, referred: int, failed: int, output: Path | None) -> None:
+    from zoo.cli.screen import console
+
+    counts = f"{images} images: {images - referred - failed} answered, {referred} referred, {failed} unreadable"
+    console().print(counts + (f"; {output}" if output else ""), markup=False, soft_wrap=True)
+
+
+def _say_after(predictor: Predictor, explain: str | None) -> None:
     from zoo.cli.screen import console
 
     rules, say = predictor.rules, console().print

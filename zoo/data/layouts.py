@@ -232,13 +232,18 @@ def _leave_out(found: Found, files: Iterator[Path], images_are: str = "") -> lis
     """Return the images among files, and count the rest; where images_are says why, count the images too."""
     images = []
     for path in files:
-        if path.suffix.lower() in IMAGE_SUFFIXES or (_unnamed(path) and maybe_dicom(path)):
+        if may_be_image(path):
             images.append(path)
         else:
             found.leave_out(no_image(path))
     if images_are:
         found.leave_out(images_are, len(images))
     return images
+
+
+def may_be_image(path: Path) -> bool:
+    """Return whether a file is taken for an image: by its ending or, where that says nothing, as a DICOM."""
+    return path.suffix.lower() in IMAGE_SUFFIXES or (_unnamed(path) and maybe_dicom(path))
 
 
 def _unnamed(path: Path) -> bool:

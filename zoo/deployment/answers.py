@@ -48,8 +48,15 @@ def answers_of(logits: Floats, classes: Sequence[str], rules: Rules, negative_cl
     scores = _softmax(logits.astype(np.float64) / rules.temperature)
     sets = _sets(scores, rules)
     return [
-        _answer(row, [name for name, held in zip(classes, among, strict=True) if held], classes, rules, negative_class)
-        for row, among in zip(scores, sets, strict=True)
+        _answer(
+            classes[int(highest)],
+            row,
+            [name for name, held in zip(classes, among, strict=True) if held],
+            classes,
+            rules,
+            negative_class,
+        )
+        for highest, row, among in zip(logits.argmax(axis=1), scores, sets, strict=True)
     ]
 
 
@@ -66,23 +73,26 @@ def _sets(scores: Floats, rules: Rules) -> np.ndarray[Any, Any]:
 
 
 def _answer(
-    scores: Floats, among: list[str], classes: Sequence[str], rules: Rules, negative_class: str | None
+    label: str, scores: Floats, among: list[str], classes: Sequence[str], rules: Rules, negative_class: str | None
 ) -> Answer:
     named = {name: float(value) for name, value in zip(classes, scores, strict=True)}
     reason = _refer_reason(float(scores.max()), rules)
-    label = classes[int(scores.argmax())]
     return Answer(label, named, among, reason is not None, reason, _points(named, classes, rules, negative_class))
 
 
 def _refer_reason(confidence: float, rules: Rules) -> str | None:
     if rules.refer is None:
         return None
-    threshold, share = rules.refer.threshold, f"{rules.refer.max_error:.0%}"
+    threshold, share = rules.refer.threshold, f"{100 * rules.refer.max_error:.3g} %"
     if threshold is None:
         return f"on val no confidence was high enough for an error of {share} or less, so that every image is referred"
     if confidence >= threshold:
         return None
-    return f"confidence {confidence:.3f} is below {threshold:.3f}, from which on val's error was {share} or less"
+    digits = next((each for each in (3, 4, 6, 9) if f"{confidence:.{each}f}" != f"{threshold:.{each}f}"), 12)
+    return (
+        f"confidence {confidence:.{digits}f} is below {threshold:.{digits}f}, from which on val's error was {share} or "
+        "less"
+    )
 
 
 def _points(
@@ -102,8 +112,12 @@ def mean_of_views(logits: Floats) -> Floats:
     """
     if len(logits) == 1:
         return np.asarray(logits[0])
-    p = np.stack([_softmax(each.astype(np.float64)) for each in logits]).mean(axis=0)
-    return np.asarray(np.log(np.maximum(p, np.finfo(np.float64).tiny)), dtype=logits.dtype)
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=2, keepdims=True)
+    log_p = wide - np.log(np.exp(wide).sum(axis=2, keepdims=True))
+    highest = log_p.max(axis=0)
+    mean = highest + np.log(np.exp(log_p - highest).sum(axis=0)) - math.log(len(logits))
+    return np.asarray(mean, dtype=logits.dtype)
 
 
 def heat_of(maps: Floats, targets: Sequence[int]) -> Floats:
@@ -122,12 +136,14 @@ def check_sample(logits: Floats, expected: Sequence[float], tolerance: float, na
     logits, expected: (C,). tolerance: a part of the greatest expected logit, or of 1 where that is less.
     """
     wanted = np.asarray(expected, np.float64)
-    if wanted.shape != logits.shape or not np.isfinite(logits).all():
-        apart, allowed = math.inf, tolerance
-    else:
-        apart = float(np.abs(logits - wanted).max())
-        allowed = tolerance * max(1.0, float(np.abs(wanted).max()))
-    if apart > allowed:
+    if logits.shape != wanted.shape:
+        raise ZooError(
+            f"bundle {one_line(name)!r} is refused: {wanted.size} logits of its sample stand in bundle.json and its "
+            f"network gives {logits.size}; export it again"
+        )
+    apart = float(np.abs(logits - wanted).max())
+    allowed = tolerance * max(1.0, float(np.abs(wanted).max()))
+    if not apart <= allowed:  # what is no number is wrong too
         raise ZooError(
             f"bundle {one_line(name)!r} says something else of its sample here than where it was exported: logits "
             f"differ by {apart:.3g}, at most {allowed:.3g} is rounding; export it on a machine like this one, or "

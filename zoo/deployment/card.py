@@ -153,9 +153,8 @@ def _scores(record: BundleRecord, facts: CardFacts, val: Scores, test: Scores | 
     lines = ["## Scores", ""]
     if not val:
         lines += [f"Scores on validation: {MISSING}.", ""]
-    lines.append(
-        "In brackets: intervals of 95 %. Validation: of the artefact itself. Test: of the run that it was made from."
-    )
+    of_test = " Test: of the run that it was made from." if test else ""
+    lines.append(f"In brackets: intervals of 95 %. Validation: of the artefact itself.{of_test}")
     columns = {"validation": val, **({"test": test} if test else {})}
     shown = [name for name in _METRICS if any(name in each for each in columns.values())]
     counts = [[name, *(_cell(each.get(key)) for each in columns.values())] for name, key in _COUNTS]
@@ -309,6 +308,7 @@ def _artefact(record: BundleRecord, facts: CardFacts) -> list[str]:
             f"- Gate: {state}; every one of {_cell(gate.get('images'))} validation images through both",
             f"- Same label: {_percent(gate.get('top1_agreement'), 2)}; flips "
             + ", ".join(f"{_cell(flips.get(kind))} {kind}" for kind in ("harmful", "beneficial", "neutral")),
+            *([unseen] if (unseen := _unseen(gate)) else []),
             f"- Greatest difference of a logit: {_small(gate.get('max_abs_difference'))}, relative "
             f"{_small(gate.get('max_relative_difference'))}",
             f"- Change of {plain(gate.get('metric') or MISSING)}: {_number(gate.get('change'), signed=True)} "
@@ -324,6 +324,16 @@ def _artefact(record: BundleRecord, facts: CardFacts) -> list[str]:
         f"test-time views {plain(record.tta)}",
         f"- Activation map: {'in the model file' if record.activation_map else 'none'}",
     ]
+
+
+def _unseen(gate: Mapping[str, Any]) -> str | None:
+    share = gate.get("unseen_flips")
+    if share is None:
+        return None
+    return (
+        f"- No label flipped in {_cell(gate.get('groups'))} groups; that so many show none leaves room for up to "
+        f"{_percent(share)} of new groups with a flip (95 %)"
+    )
 
 
 def _training(record: BundleRecord, facts: CardFacts) -> list[str]:

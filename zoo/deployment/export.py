@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,8 @@ from zoo.deployment.bundle import (
     open_bundle,
     seal,
 )
+from zoo.deployment.card import card_text
+from zoo.deployment.facts import gather_facts, weights_told
 from zoo.deployment.graph import write_onnx, write_openvino
 from zoo.deployment.parity import (
     MARGIN,
@@ -42,6 +44,7 @@ from zoo.deployment.parity import (
     judge,
     reference_predictions,
 )
+from zoo.deployment.quantise import Calibration, half_onnx, int8_onnx, int8_openvino
 from zoo.deployment.rules import fit_rules
 from zoo.deployment.runtime import Session
 from zoo.errors import ZooError, nearest, one_line
@@ -58,6 +61,15 @@ Format = Literal["onnx", "openvino"]
 Precision = Literal["float32", "fp16", "bf16", "int8"]
 Progress = Callable[[str, int, int], None]
 Note = Callable[[str], None]
+
+
+class HasRun(Protocol):
+    """What stands for a run, such as the choice of `zoo.pick`."""
+
+    @property
+    def run(self) -> Run:
+        """Return the run."""
+
 
 _TOLERANCE = {"float32": 1e-3, "fp16": 2e-2, "bf16": 5e-2, "int8": 2e-1}
 
@@ -102,11 +114,11 @@ def exports_folder(run: Run, form: str, precision: str) -> Path:
 
 
 def export(
-    run: Run | str,
+    run: Run | str | HasRun,
     root: Home | None = None,
     *,
-    format: Format = "onnx",  # noqa: A002
-    precision: Precision = "float32",
+    format: Format | None = None,  # noqa: A002
+    precision: Precision | None = None,
     margin: float = MARGIN,
     metric: str = "top1",
     name: str | None = None,
@@ -126,9 +138,12 @@ def export(
     stays, and an older bundle of that name stays as it was.
     """
     root, say = root or home(), on_note or (lambda _: None)
+    own = _bundle_of(run)
+    format = format or (own.record.format if own else "onnx")  # noqa: A001
+    precision = precision or (own.record.precision if own else "float32")
     _check_kind(format, precision)
     check_gate(metric, margin)
-    run = find_run(run, root) if isinstance(run, str) else run
+    run = find_run(run, root) if isinstance(run, str) else run if isinstance(run, Run) else run.run
     record = finished_record(run)
     bundle_name = check_name(name, "bundle") if name is not None else f"{run.name}--{format}-{precision}"
     dataset = _dataset(run, record, root)
@@ -147,6 +162,12 @@ def export(
             _put_in_place(folder, job.target)
         interruption.check()
     return open_bundle(job.target)
+
+
+def _bundle_of(source: Any) -> Bundle | None:
+    """Return the bundle that a choice of `zoo.pick` is of."""
+    found = getattr(source, "bundle", None)
+    return found if isinstance(found, Bundle) else None
 
 
 def _check_kind(form: str, precision: str) -> None:
@@ -207,16 +228,23 @@ def _make(job: _Job, folder: Path, say: Note) -> tuple[dict[str, Any], Predictio
             f"{job.name!r} is not written, for it is not the network that was trained: {verdict['reason']}; "
             + _remedy(job.precision)
         )
+    _describe(job, folder, record.model_copy(update={"parity": verdict}), artefact)
+    return verdict, artefact
+
+
+def _describe(job: _Job, folder: Path, record: BundleRecord, artefact: Predictions) -> None:
+    """Add rules, scores and the card, all of val and of what was scored on test before; then seal the folder."""
+    test = predictions_of(job.run, "test") if job.run.scored("test") else None
     record = record.model_copy(
         update={
             "rules": fit_rules(artefact, job.record.classes, job.record.negative_class),
-            "parity": verdict,
             "val": scores(artefact, job.record),
-            "test": scores(predictions_of(job.run, "test"), job.record) if job.run.scored("test") else None,
+            "test": scores(test, job.record) if test is not None else None,
         }
     )
+    facts = gather_facts(record, job.record, job.dataset, artefact, test, job.root)
+    (folder / CARD).write_text(card_text(record, facts), encoding="utf-8")
     seal(folder, record)
-    return verdict, artefact
 
 
 def _remedy(precision: str) -> str:
@@ -229,15 +257,31 @@ def _write_model(job: _Job, model: Any, folder: Path, pixels: Pixels) -> tuple[d
     onnx_file = folder / MODEL_FILES["onnx"][0]
     job.progress("exporting", 0, 1)
     facts, mapped = write_onnx(model, job.preprocessing.image_size, onnx_file)
-    if job.format == "openvino":
-        facts |= write_openvino(onnx_file, folder)
-        onnx_file.unlink()
+    facts |= _as_asked(job, onnx_file, folder, pixels)
     job.progress("exporting", 1, 1)
     return facts, mapped
 
 
+def _as_asked(job: _Job, onnx_file: Path, folder: Path, pixels: Pixels) -> dict[str, Any]:
+    """Make a float32 ONNX file what was asked for, and return how."""
+    onnx, eight_bits = job.format == "onnx", job.precision == "int8"
+    if onnx and job.precision == "float32":
+        return {}
+    if onnx and job.precision == "fp16":
+        return half_onnx(onnx_file)
+    calibration = Calibration(pixels, job.preprocessing)
+    if onnx:
+        return int8_onnx(onnx_file, calibration)
+    if eight_bits:
+        facts = int8_openvino(onnx_file, folder, calibration)
+    else:  # bf16 is what the runtime is asked to compute in; the file keeps float32
+        facts = write_openvino(onnx_file, folder, half=job.precision == "fp16")
+    onnx_file.unlink()
+    return facts
+
+
 def _record(job: _Job, folder: Path, exporter: dict[str, Any], mapped: bool) -> BundleRecord:
-    kept = {key: getattr(job.record, key) for key in ("dataset", "recipe", "seed", "model", "params", "weights")}
+    kept = {key: getattr(job.record, key) for key in ("dataset", "recipe", "seed", "model", "params")}
     session = Session(folder / MODEL_FILES[job.format][0], job.format, job.precision)
     pixels = _pixels(sample_png(), job.preprocessing)
     logits = session(normalise(pixels[None], job.preprocessing))[0][0]
@@ -245,6 +289,7 @@ def _record(job: _Job, folder: Path, exporter: dict[str, Any], mapped: bool) -> 
         name=job.name,
         run=job.run.name,
         **kept,
+        weights=weights_told(job.record),
         classes=job.record.classes,
         negative_class=job.record.negative_class,
         medical=job.dataset.facts.get("medical") is True,

@@ -11,11 +11,9 @@ import numpy as np
 import torch
 
 from zoo.data.cache import Pixels
-from zoo.data.decode import BadImage, decode, resize
-from zoo.data.transforms import normalise, normalise_tensor
-from zoo.data.window import windowing_of
+from zoo.data.transforms import normalise_tensor
 from zoo.deployment.bundle import Bundle
-from zoo.deployment.runtime import Session
+from zoo.deployment.predictor import Predictor
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.metrics import METRIC_SIGN, negative_index
 from zoo.evaluation.predictions import Predictions
@@ -32,8 +30,8 @@ TIE = 2.0**-17
 """Two classes whose reference logits are nearer than this part of the image's greatest absolute logit are a tie: which
 of them is highest is rounding, and either is the reference's label."""
 _BATCH = 32
+OF_LABELS = ("top1", "balanced_accuracy", "macro_f1", "macro_precision", "macro_recall", "sensitivity", "specificity")
 Progress = Callable[[int, int], None]
-_Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def reference_predictions(
@@ -79,36 +77,23 @@ def artefact_predictions(
     if sorted(bundle.record.classes) != sorted(classes):
         raise ZooError(f"bundle {bundle.name!r} has other classes than its run; export it again")
     order = [bundle.record.classes.index(each) for each in classes]
-    files = [Path(pixels.source.file(place)) for place in range(len(pixels))]
-    logits = _logits(bundle, files, pixels, progress)[:, order]
+    predictor, parts = Predictor.load(bundle), []
+    for start in range(0, len(pixels), _BATCH):
+        images = [
+            predictor.prepare(_bytes_of(pixels, place)) for place in range(start, min(start + _BATCH, len(pixels)))
+        ]
+        parts.append(predictor.logits(images)[0])
+        if progress:
+            progress(min(start + _BATCH, len(pixels)), len(pixels))
+    logits = np.concatenate(parts)[:, order]
     return Predictions(pixels.sample_ids, pixels.groups, pixels.y_true, logits)
 
 
-def _logits(bundle: Bundle, files: Sequence[Path], pixels: Pixels, progress: Progress | None) -> _Float32:
-    record = bundle.record
-    session = Session(bundle.model_file, record.format, record.precision)
-    windowing, preprocessing = windowing_of(record.preprocessing), record.preprocessing
-
-    def forward(batch: Any) -> torch.Tensor:
-        return torch.from_numpy(session(normalise(batch, preprocessing))[0])
-
-    parts = []
-    for start in range(0, len(files), _BATCH):
-        images = []
-        for place in range(start, min(start + _BATCH, len(files))):
-            decoded = decode(_bytes_of(files[place], pixels, place), windowing)
-            images.append(resize(decoded, preprocessing.resize_size, preprocessing.interpolation))
-        parts.append(logits_of_views(images, preprocessing, record.tta, forward).numpy())
-        if progress:
-            progress(min(start + _BATCH, len(files)), len(files))
-    return np.concatenate(parts).astype(np.float32)
-
-
-def _bytes_of(file: Path, pixels: Pixels, place: int) -> bytes:
+def _bytes_of(pixels: Pixels, place: int) -> bytes:
     try:
-        return file.read_bytes()
-    except (OSError, BadImage) as error:
-        raise pixels.source.fault(place, one_line(getattr(error, "strerror", None) or error)) from error
+        return Path(pixels.source.file(place)).read_bytes()
+    except OSError as error:
+        raise pixels.source.fault(place, one_line(error.strerror or error)) from error
 
 
 def judge(
@@ -129,7 +114,8 @@ def judge(
     - `flips`: labels that differ and are no tie: `harmful` (the reference is right), `beneficial` (the artefact is),
       `neutral` (neither).
     - `metric`, and of it `reference`, `artefact`, `change` (artefact less reference) and `change_ci` [low, high], the
-      paired interval over groups of `zoo.evaluation.statistics.paired_comparisons`; `margin`.
+      paired interval over groups of `zoo.evaluation.statistics.paired_comparisons`, [0, 0] for a metric of labels where
+      no label differs; `unseen_flips`: how many of new groups may hold a flip all the same (`unseen_flips`); `margin`.
     - `passed`, and `reason`, a sentence where it did not. float32 passes where all labels agree and logits differ by
       FLOAT32_DIFFERENCE at most; another precision where the interval's worse end is no worse than the margin.
 
@@ -146,6 +132,10 @@ def judge(
     pair = paired_comparisons({"artefact": [artefact], "reference": [reference]}, metric, negative=negative)[0]
     values = {name: _value(each, metric, negative) for name, each in (("reference", reference), ("artefact", artefact))}
     ends = [pair.low, pair.high]
+    if not any(found["flips"].values()) and not found["ties"] and metric in OF_LABELS:
+        # The same labels give the same score whichever groups are drawn; what so few cannot show is told beside it.
+        ends = [0.0, 0.0]
+    found["unseen_flips"] = unseen_flips(found["groups"]) if not any(found["flips"].values()) else None
     found |= {
         "metric": metric,
         **values,
@@ -155,6 +145,18 @@ def judge(
     }
     fault = _float32_fault(found) if precision == "float32" else _margin_fault(found)
     return {**found, "passed": fault is None, "reason": fault}
+
+
+def unseen_flips(groups: int) -> float:
+    """Return how many of new groups may hold a flipped label, in [0, 1], where none of `groups` does: 95 % bound.
+
+    The exact one-sided bound of no event among n, near 3 / n (Hanley and Lippman-Hand 1983,
+    doi 10.1001/jama.1983.03330370053031).
+
+    >>> round(unseen_flips(100), 4)
+    0.0295
+    """
+    return float(1 - 0.05 ** (1 / groups))
 
 
 def check_gate(metric: str, margin: float) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,7 @@ from zoo.data.window import windowing_of
 from zoo.deployment.answers import Answer, answers_of, check_sample, heat_of, mean_of_views
 from zoo.deployment.bundle import SAMPLE, Bundle, Rules, find_bundle, list_bundles, open_bundle
 from zoo.deployment.images import Encoded, Source, bytes_of, find_images, name_of
-from zoo.deployment.runtime import Session
+from zoo.deployment.runtime import Session, cores
 from zoo.errors import ZooError, nearest, one_line
 from zoo.evaluation.heat import overlay
 from zoo.files import Home, atomic_writer, check_writable, home, user_path
@@ -134,10 +136,17 @@ class Predictor:
 
         device: of a run; bundles run on the CPU. threads: cores of one call, all that may be used where left out. A
         bundle is verified first, and its sample must get the answer that it got when it was exported. Raises ZooError
-        where there is no such bundle or run, it did not finish or was changed, or its runtime is not installed.
+        where there is no such bundle or run, it did not finish or was changed, its runtime is not installed, or a
+        bundle is asked for another device.
         """
+        if threads is not None and threads < 1:
+            raise ZooError(f"threads must be 1 or more. Got {threads}; leave it out for all {cores()}")
         found = source if isinstance(source, Bundle | Run) else _find(os.fspath(source), root)
         if isinstance(found, Bundle):
+            if device not in ("auto", "cpu"):
+                raise ZooError(
+                    f"bundles run on the CPU. Got device {one_line(device, 60)!r}; leave it out, or take the run"
+                )
             return cls._of_bundle(found, threads)
         from zoo.deployment.run_network import open_run
 
@@ -166,7 +175,19 @@ class Predictor:
             bundle=bundle,
         )
         sample = found.pixels((bundle.path / SAMPLE).read_bytes())
-        check_sample(network(sample[None])[0][0], record.sample.logits, record.sample.tolerance, bundle.name)
+        try:
+            logits = network(sample[None])[0][0]
+        except Exception as error:  # each runtime has kinds of its own
+            raise ZooError(
+                f"bundle {one_line(bundle.name)!r} is refused: {session.runtime} cannot compute its network: "
+                f"{one_line(error, 160)}; export it again"
+            ) from error
+        if len(record.classes) != logits.size:
+            raise ZooError(
+                f"bundle {one_line(bundle.name)!r} is refused: it names {len(record.classes)} classes and its network "
+                f"gives {logits.size} logits; export it again"
+            )
+        check_sample(logits, record.sample.logits, record.sample.tolerance, bundle.name)
         return found
 
     @property
@@ -232,25 +253,36 @@ class Predictor:
                 raise ZooError("explain needs a folder for its pictures. Got an empty name")
             folder = user_path(explain)
             check_writable(folder)
-        waiting: list[tuple[int, Source]] = []
-        for place in enumerate(files):
-            waiting.append(place)
-            if len(waiting) == batch_size:
-                yield from self._batch(waiting, folder)
-                waiting = []
-        if waiting:
-            yield from self._batch(waiting, folder)
+        numbered = enumerate(files)
+        pool = ThreadPoolExecutor(min(batch_size, cores()), "zoo-decode")
+        try:
+            while batch := list(islice(numbered, batch_size)):
+                yield from self._batch(batch, folder, pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _batch(self, numbered: list[tuple[int, Source]], folder: Path | None) -> Iterator[Prediction]:
+    def _prepared(self, source: Source) -> Pixels | Prediction:
+        """Return a source's image prepared, or the row that says why there is none; called in several threads."""
+        try:
+            return self.prepare(bytes_of(source))
+        except OSError as error:
+            return _failed(source, one_line(error.strerror or error))
+        except MemoryError:
+            return _failed(source, "too large for the memory of this machine")
+        except (BadImage, ValueError) as error:
+            return _failed(source, one_line(error, 300))
+
+    def _batch(
+        self, numbered: list[tuple[int, Source]], folder: Path | None, pool: ThreadPoolExecutor
+    ) -> Iterator[Prediction]:
         images: dict[int, Pixels] = {}
         found: dict[int, Prediction] = {}
-        for number, source in numbered:
-            try:
-                images[number] = self.prepare(bytes_of(source))
-            except OSError as error:
-                found[number] = _failed(source, one_line(error.strerror or error))
-            except (BadImage, ValueError) as error:
-                found[number] = _failed(source, one_line(error, 300))
+        each = pool.map(self._prepared, [source for _, source in numbered])
+        for (number, _), prepared in zip(numbered, each, strict=True):
+            if isinstance(prepared, Prediction):
+                found[number] = prepared
+            else:
+                images[number] = prepared
         sources = dict(numbered)
         if images:
             logits, _ = self.logits(list(images.values()))

@@ -4,21 +4,61 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from zoo.data.cache import open_pixels
+from zoo.data.facts import dataset_facts, file_facts
+from zoo.data.manifest import Dataset
+from zoo.data.transforms import center_crop
+from zoo.data.window import windowing_of_facts
 from zoo.errors import ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions
 from zoo.evaluation.statistics import metric_intervals
+from zoo.files import digest_of, read_json, write_json
+from zoo.runs import Preprocessing
 
 SIDE = 32  # pixels
 FACTS_ALONE = "file facts alone"
 FLOOR_METRICS = ("top1", "balanced_accuracy", "macro_f1")  # a floor has labels, no scores
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _COMPONENTS = 64
+FLOORS_VERSION = 3
+_SMALL = Preprocessing(
+    image_size=SIDE, crop_pct=1.0, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+)
+
+
+def dataset_floors(
+    dataset: Dataset, bad_images: str | None = None, split: Literal["val", "test"] = "test"
+) -> list[dict[str, Any]]:
+    """Return the floors of a dataset's test split, or of val, computed once per split; keys as `compute_floors`.
+
+    Those of val have `val_` where the others have `test_`. Raises ZooError where images are gone.
+    """
+    known = [FLOORS_VERSION, dataset.split_digest, bad_images or dataset.bad_images, dataset.facts.get("window")]
+    key = digest_of(known if split == "test" else [*known, split])
+    file = dataset.folder / ".cache" / f"floors-{key[:16]}.json"
+    try:
+        stored: list[dict[str, Any]] = read_json(file)["floors"]
+    except (ZooError, KeyError):
+        own = windowing_of_facts(dataset.facts)
+        shown = {"window": dataset.facts.get("window"), "rescale_slope": own.slope, "rescale_intercept": own.intercept}
+        preprocessing = _SMALL.model_copy(update=shown)
+        train, test = (open_pixels(dataset, each, preprocessing, bad_images) for each in ("train", split))
+        pixels = [np.stack([center_crop(each[i], SIDE) for i in range(len(each))]) for each in (train, test)]
+        columns = fact_columns(file_facts(dataset_facts(dataset)))
+        place = {sample: number for number, sample in enumerate(dataset.frame["sample_id"])}
+        facts = [columns[[place[each] for each in part.sample_ids.tolist()]] for part in (train, test)]
+        stored = compute_floors(
+            pixels[0], train.y_true, pixels[1], test.y_true, test.groups, dataset.classes, facts[0], facts[1]
+        )
+        stored = [{key.replace("test_", f"{split}_", 1): value for key, value in row.items()} for row in stored]
+        write_json(file, {"floors": stored})
+    return stored
 
 
 def compute_floors(

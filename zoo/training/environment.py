@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def versions() -> dict[str, str]:
@@ -27,6 +29,8 @@ def processor() -> str:
 
 def device_name(device: torch.device) -> str:
     """Return the device in words: its kind, the chip, and for a CPU the threads."""
+    import torch
+
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     return f"{device.type}: {processor()}, {torch.get_num_threads()} threads"

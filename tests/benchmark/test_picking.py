@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import zoo
+from zoo.benchmark.comparisons import compare
+from zoo.benchmark.offers import best_seeds
+from zoo.benchmark.picking import Wish, outcome, pick
+from zoo.deployment.bundle import list_bundles, open_bundle
+from zoo.deployment.export import export
+from zoo.errors import ZooError
+from zoo.evaluation.metrics import compute_metrics
+from zoo.evaluation.predictions import read_predictions
+from zoo.files import read_json, write_json
+from zoo.runs import list_runs
+
+
+def looks(root):
+    return len(root.ledger.read_text().splitlines()) if root.ledger.is_file() else 0
+
+
+def test_pick_is_public():
+    assert zoo.pick is pick and zoo.export is export
+
+
+@pytest.mark.slow
+def test_from_a_table_to_a_bundle(trained):
+    before = looks(trained)
+    found = pick(compare(list_runs(trained)), trained, margin=1.0)
+    document = found.document
+    assert set(document) >= {"run", "reason", "candidates", "test", "bundle", "runner_up", "would_change"}
+    assert document["run"] == found.run.name and document["bundle"] == found.bundle.name
+    assert len(document["candidates"]) == len(list_bundles(trained)) == 2  # of each recipe one seed
+    costs = {row["name"]: row["latency_ms"] for row in document["candidates"]}
+    assert costs[found.bundle.name] == min(costs.values())  # a margin of 1 lets everything in
+    assert all(row["eager"]["latency_p50_ms"] > 0 for row in document["candidates"])
+    assert sum("stands for 2 seeds" in note for note in document["notes"]) == 1
+
+    folder = found.run.path / "exports" / "onnx-float32"
+    own, test = read_predictions(folder / "predictions-val.npz"), read_predictions(folder / "predictions-test.npz")
+    record = found.run.record
+    assert document["candidates"][0]["val_top1"] == compute_metrics(own, record.classes)["top1"]
+    assert found.test["top1"] == compute_metrics(test, record.classes)["top1"]
+    low, high = found.test["top1_ci"]
+    assert low <= found.test["top1"] <= high and found.test["first_look"]
+    np.testing.assert_array_equal(test.sample_ids, read_predictions(found.run.predictions_file("test")).sample_ids)
+    assert looks(trained) == before + 1 and document["test_looks"]["scorings"] == before + 1
+
+    assert export(found, trained).name == found.bundle.name
+    again = pick("tiny", trained, margin=1.0)  # nothing is measured, exported or scored anew
+    assert again.document["measured_at"] == document["measured_at"]
+    assert again.bundle.name == found.bundle.name and not again.test["first_look"]
+    assert again.test["top1"] == found.test["top1"] and looks(trained) == before + 1
+
+    with pytest.raises(ZooError, match=r"nothing fits: 0 of 2 candidates keep .*; nearest: .*has .*, off by"):
+        pick("tiny", trained, max_size_mb=1e-6)
+    missed = outcome("tiny", Wish(max_size_mb=1e-6), trained)
+    assert missed.pick is None and missed.document["run"] is None and missed.document["test"] is None
+    assert len(missed.document["nearest_misses"]) == 2 and looks(trained) == before + 1
+
+
+@pytest.mark.slow
+def test_what_cannot_be_opened_or_is_of_other_weights_is_a_row_with_a_reason(bundled):
+    [name] = list_bundles(bundled)
+    bundle = open_bundle(name, bundled)
+    run = next(each for each in list_runs(bundled) if each.name == bundle.record.run)
+    other = export(run, bundled, name="mine")
+    (other.path / "card.md").write_text("changed")
+    (run.path / "exports" / "onnx-float32" / "parity.json").unlink()  # then val is asked again
+    found = outcome([run], Wish(), bundled, test=False)
+    rows = {row["name"]: row for row in found.document["candidates"]}
+    assert set(rows) == {name, "mine"}
+    assert "card.md was changed" in rows["mine"]["reason"] and not rows["mine"]["fits"]
+    assert found.pick.bundle.name == name and found.pick.test is None
+    assert found.document["runner_up"] is None and "the only one" in found.document["reason"]
+    own = compute_metrics(read_predictions(run.predictions_file("val")), run.record.classes)
+    assert rows[name]["val_top1"] == own["top1"]
+    file = bundled.picks / "tiny.png"
+    found.save_figure(file)
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_each_recipe_the_seed_that_is_best_on_val_stands_for_it(trained):
+    runs = list_runs(trained)
+    one, two = (run for run in runs if "--tiny--s" in run.name)
+    for run, value in ((one, 0.25), (two, 0.75)):
+        write_json(run.metrics_file("val"), {**run.metrics("val"), "top1": value})
+    chosen, notes = best_seeds(runs, "top1")
+    assert two in chosen and one not in chosen and len(chosen) == 2
+    assert notes == ["of tiny, seed 1 stands for 2 seeds: the best of them on val"]
+    assert read_json(one.metrics_file("val"))["top1"] == 0.25
+
+
+def test_runs_of_another_split_are_refused(trained):
+    runs = list_runs(trained)
+    for run in runs:
+        run.write_record(run.record.model_copy(update={"split_digest": "f" * 64}))
+    with pytest.raises(ZooError, match=r"trained on another split of 'tiny' .*; train them again"):
+        pick(runs, trained)
+    with pytest.raises(ZooError, match=r"there is no finished run on the present split of 'tiny'"):
+        pick("tiny", trained)
+    with pytest.raises(ZooError, match=r"there is no finished run to pick from. Got 0 runs"):
+        pick([], trained)
+
+
+def test_a_table_of_something_else_is_refused(trained):
+    table = compare(list_runs(trained)).drop(columns="runs")
+    with pytest.raises(ZooError, match=r"the table has no column `runs`"):
+        pick(table, trained)
+
+
+@pytest.mark.parametrize(
+    "wish, words",
+    [
+        ({"metric": "top-1"}, "--metric must be one of .* did you mean 'top1'"),
+        ({"cost": "price"}, "--cost must be one of latency, size, memory. Got 'price'"),
+        ({"percentile": "p90"}, "--percentile must be one of p50, p95, p99. Got 'p90'"),
+        ({"margin": -1}, "the margin must be 0 or more"),
+        ({"metric": "sensitivity"}, "sensitivity is not defined: of 3 classes none is said to be healthy"),
+        ({"max_latency_ms": -5}, "the most latency must be a number of ms above 0. Got -5"),
+        ({"threads": 0}, "threads must be 1 to"),
+    ],
+)
+def test_wishes_that_make_no_sense_are_refused_before_anything_is_made(trained, wish, words):
+    with pytest.raises(ZooError, match=words):
+        pick("tiny", trained, **wish)
+    assert list_bundles(trained) == []
