@@ -7,7 +7,8 @@ the same number format; so a drift of the machine hits both alike. `ratio` is th
 that of ours, `ratio_of_sums` the same of all steps together, `cpu_ratio` of the seconds that this process had a core.
 Pixels are decoded once, before: `decode_s`; `images_per_s_first_epoch` includes it. Steps of ours during which, or
 during the floor's after it, other processes took more than a twentieth of the machine are left out, `steps_disturbed`
-of them; where that leaves fewer than ten, all count, and `disturbed` says so: measure again.
+of them; where that leaves fewer than ten, all count, and `disturbed` says so: measure again. On a CUDA card, where
+loading is others' work, the turns are longer: see `on_cuda.py`.
 
 With `--against transformers` (and accelerate, both importable) transformers' Trainer trains the same network on the
 same files in processes of its own, in turns with ours; `trainer_ratio` is our images per second over its best.
@@ -26,8 +27,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ import torch
 
 # Beside this file lies one with the name of a module of Python's own, which nobody must find there instead.
 HERE = Path(__file__).resolve().parent
-sys.path = [each for each in sys.path if Path(each).resolve() != HERE]
+sys.path = [each for each in sys.path if Path(each).resolve() != HERE] + [str(HERE.parent)]
 
 MODELS = ("resnet18", "resnet50", "efficientnet_b0", "mobilenetv3_small_100")
 ALIASES = {"mobilenetv3_small": "mobilenetv3_small_100"}
@@ -50,22 +53,29 @@ TRAINER_WARM_UP = 4
 
 def write_photos(folder: Path, count: int) -> Path:
     """Write JPEGs of two classes with the detail, and so the file size (about 90 KB), of photographs."""
+    for label in "ab":
+        (folder / label).mkdir(parents=True)
+    with ProcessPoolExecutor() as pool:
+        for _ in pool.map(partial(write_photo, folder), range(count), chunksize=64):
+            pass
+    return folder
+
+
+def write_photo(folder: Path, number: int) -> None:
+    """Write one of them, which follows from its number."""
     from PIL import Image
 
-    draw = np.random.default_rng(0)
-    for number in range(count):
-        label = folder / "ab"[number % 2]
-        label.mkdir(parents=True, exist_ok=True)
-        pixels = np.zeros((SIDE, SIDE, 3), np.float32)
-        for cells, height in ((4, 60), (16, 40), (64, 25), (256, 12)):
-            coarse = draw.normal(0, height, (cells, cells, 3)).astype(np.float32)
-            channels = [
-                Image.fromarray(coarse[..., each]).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for each in range(3)
-            ]
-            pixels += np.stack(channels, axis=2)
-        pixels[..., number % 2] += 30
-        Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8)).save(label / f"{number:05}.jpg", quality=90)
-    return folder
+    draw = np.random.default_rng([0, number])
+    pixels = np.zeros((SIDE, SIDE, 3), np.float32)
+    for cells, height in ((4, 60), (16, 40), (64, 25), (256, 12)):
+        coarse = draw.normal(0, height, (cells, cells, 3)).astype(np.float32)
+        channels = [
+            Image.fromarray(coarse[..., each]).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for each in range(3)
+        ]
+        pixels += np.stack(channels, axis=2)
+    pixels[..., number % 2] += 30
+    file = folder / "ab"[number % 2] / f"{number:05}.jpg"
+    Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8)).save(file, quality=90)
 
 
 def busy_s() -> float:
@@ -223,6 +233,11 @@ def measure(model: str, dataset: Any, root: Any, chosen: argparse.Namespace) -> 
     plan = make_plan(
         plan.recipe.model_copy(update={"precision": precision.name}), dataset, 0, root, offline=True, accept_leaks=True
     )
+    if device.type == "cuda":
+        from perf.on_cuda import measure_on_cuda
+
+        row = measure_on_cuda(plan, Floor(plan, precision, device), precision, device, images, root.root / "kept")
+        return {"model": model, **row, "decode_s": round(decode_s, 3), "precision": precision.name}
     turns = Turns(Floor(plan, precision, device), images, chosen.batch)
     train_plan(plan, turns)
     return {**figures(model, turns, images, decode_s), "precision": precision.name}
@@ -443,9 +458,13 @@ def main() -> None:
     def report(row: dict[str, Any]) -> None:
         print(
             f"{row['model']:24} {row['precision']:22} {row['images_per_s']:9.1f} {row['floor_images_per_s']:9.1f} "
-            f"{row['ratio']:7.3f} {row['ratio_of_sums']:8.3f} {row['images_per_s_first_epoch']:12.1f}",
+            f"{row['ratio']:7.3f}",
             end="",
         )
+        if "whole_ratio" in row:
+            print(f" whole epochs {row['whole_ratio']:.3f}, loader alone {row['loader_images_per_s']:.1f}", flush=True)
+            return
+        print(f" {row['ratio_of_sums']:8.3f} {row['images_per_s_first_epoch']:12.1f}", end="")
         rates = row.get("trainer")
         print(f" {max(rates.values()):9.1f} {row['trainer_ratio']:7.2f}" if rates else "", flush=True)
 

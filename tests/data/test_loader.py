@@ -219,6 +219,47 @@ def test_an_epoch_may_be_left_in_its_middle(pixels, opened, workers):
     assert list(forgotten) == []  # the next epoch has ended it
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_that_are_loaded_ahead_are_the_same(pixels, opened, workers):
+    augment = make_augment("light", None, 32, 4)
+    plain = opened(pixels, augment, 4, 4, 0)
+    wanted = {epoch: list(plain.epoch(epoch)) for epoch in (1, 2, 3, 4, 9)}
+    ahead = opened(pixels, augment, 4, 4, workers, last_epoch=3)
+    for epoch in (1, 2, 3, 4, 1):  # also beyond the last, and again from the start
+        assert same(list(ahead.epoch(epoch)), wanted[epoch])
+    left = ahead.epoch(2)
+    next(left)
+    assert same(list(ahead.epoch(2, 1)), wanted[2][1:])  # where the one before was left
+    left = ahead.epoch(3)
+    next(left)
+    assert same(list(ahead.epoch(9)), wanted[9])
+
+
+class _Noted:
+    """An augmentation that leaves a file for each epoch that it works on."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, pixels, epoch, place):
+        (self.folder / str(epoch)).touch()
+        return pixels[:32, :32]
+
+
+def test_workers_begin_the_next_epoch_before_it_is_asked_for_and_none_after_the_last(pixels, opened, tmp_path):
+    noted = tmp_path / "noted"
+    noted.mkdir()
+    batches = opened(pixels, _Noted(noted), 4, 4, 2, last_epoch=2)
+    list(batches.epoch(1))
+    end = time.monotonic() + 30
+    while not (noted / "2").exists():
+        assert time.monotonic() < end, "the second epoch was not begun"
+        time.sleep(0.01)
+    list(batches.epoch(2))
+    batches.close()
+    assert {file.name for file in noted.iterdir()} == {"1", "2"}
+
+
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_shares_of_all_ranks_are_the_batches(pixels, opened, world, balanced):

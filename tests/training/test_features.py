@@ -178,6 +178,7 @@ def test_a_network_that_changes_its_classifiers_output_is_scored_whole(odd, trai
         model__weights=str(tmp_path / "odd.safetensors"),
         finetune__strategy="linear-probe",
         augment__policy="none",
+        device="cpu",
     )
     plan = make_plan(recipe, "tiny", 0, trained)
     pixels = open_pixels(plan.dataset, "train", plan.preprocessing)
@@ -274,7 +275,7 @@ def test_features_of_another_backbone_are_never_taken(trained, make_recipe):
 
     from zoo.training.scoring import evaluate, load_model, predictions_of
 
-    run = train(probe_of(trained, make_recipe), "tiny", 0, trained)
+    run = train(probe_of(trained, make_recipe).model_copy(update={"device": "cpu"}), "tiny", 0, trained)
     evaluate(run, "test", trained)
     before = predictions_of(run, "test").logits
     state = load_file(run.weights_file)

@@ -22,7 +22,7 @@ from zoo.training.checkpoint import load_checkpoint
 from zoo.training.features import forward_pixels
 from zoo.training.loop import train
 from zoo.training.plan import make_plan
-from zoo.training.precision import PrecisionPlan
+from zoo.training.precision import PrecisionPlan, choose_device
 from zoo.training.scoring import evaluate, load_model
 
 LEFT = {
@@ -34,7 +34,9 @@ LEFT = {
     "weights.safetensors",
 }
 STRATEGIES = ("linear-probe", "full", "lp-ft", "gradual")
-CPU = torch.device("cpu")
+DEVICE = choose_device("auto")
+# A card multiplies in TF32, and another kernel rounds otherwise.
+NEAR = {"rtol": 1e-4, "atol": 1e-5} if DEVICE.type == "cpu" else {"rtol": 1e-2, "atol": 1e-3}
 
 
 def bits(run: Run) -> str:
@@ -72,9 +74,10 @@ def test_every_strategy_trains_and_leaves_a_whole_run_without_the_test_images(ti
     assert record.best_epoch == best["epoch"]
     # What is kept is what was scored.
     pixels = open_pixels(dataset, "val", record.preprocessing)
-    _, logits = forward_pixels(load_model(run), pixels, record.preprocessing, PrecisionPlan("float32", True), CPU)
+    model = load_model(run, device=DEVICE.type)
+    _, logits = forward_pixels(model, pixels, record.preprocessing, PrecisionPlan("float32", True), DEVICE)
     stored = read_predictions(run.predictions_file("val"))
-    np.testing.assert_allclose(logits.numpy(), stored.logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits.numpy(), stored.logits, **NEAR)
     found = compute_metrics(
         Predictions(pixels.sample_ids, pixels.groups, pixels.y_true, logits.numpy()), record.classes
     )
@@ -413,7 +416,8 @@ def test_a_batch_that_the_allocator_refuses_is_computed_in_parts(tiny, make_reci
         {"precision": "fp16"},
     ],
 )
-def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_with_the_same_bits(tiny, make_recipe, more):
+def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_with_the_same_bits(tiny, make_recipe, monkeypatch, more):
+    monkeypatch.setattr("zoo.training.step.CHECK_EVERY", 1)  # on a card, too, after every step
     recipes = {
         name: make_recipe(name, epochs=3, batch_size=4, checkpoint_minutes=minutes, **more)
         for name, minutes in (("whole", 5.0), ("broken", 0.0))
@@ -525,11 +529,11 @@ def test_frozen_stages_run_once_where_images_do_not_change_and_nothing_else_does
         return whole_forward(self, x)
 
     monkeypatch.setattr(SimpleCNN, "forward_features", counting)
-    monkeypatch.setattr(boundary, "WORTH", {"cpu": 1e12})  # never
+    monkeypatch.setattr(boundary, "WORTH", dict.fromkeys(("cpu", "cuda"), 1e12))  # never
     plain = train(make_recipe("plain", **common), "tiny", 0, tiny)
     assert sum(passes) <= 3  # the proof that it could be done
     passes.clear()
-    monkeypatch.setattr(boundary, "WORTH", {"cpu": 0.0})
+    monkeypatch.setattr(boundary, "WORTH", dict.fromkeys(("cpu", "cuda"), 0.0))
     kept = train(make_recipe("kept", **common), "tiny", 0, tiny)
     assert sum(passes) > 3 * (3 if strategy == "lp-ft" else 4)  # three updates and val, each epoch of the network
     assert not (kept.path / "checkpoint").exists()

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from zoo.data.loader import share
+from zoo.errors import ZooError
 from zoo.runs import Run, list_runs
 from zoo.training.loop import train
 from zoo.training.parallel import SharedNoise
+from zoo.training.plan import make_plan
 
 # What may differ between one process and several is in here: batch norm, dropout, mixing, class weights, smoothing,
 # odd batches, several of them for an update.
@@ -147,3 +149,12 @@ def test_noise_of_a_part_is_a_part_of_the_whole_s(kind, channels_last):
             torch.testing.assert_close(layer(part), whole[rows])
         seen += rows
     assert sorted(seen) == list(range(11))
+
+
+def test_one_named_card_is_no_place_for_several_processes(tiny, make_recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for key, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ZooError, match=r"device 'cuda:0' names one card, and torchrun started 2 .*; set device=cuda"):
+        make_plan(make_recipe(device="cuda:0"), "tiny", 0, tiny)

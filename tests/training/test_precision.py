@@ -55,6 +55,17 @@ def test_the_device_is_one_that_is_there():
                 choose_device(wanted)
 
 
+@pytest.mark.parametrize(
+    ("local", "cards", "found"), [("0", 1, "cuda:0"), ("1", 1, "cuda:0"), ("3", 2, "cuda:1"), ("", 2, "cuda")]
+)
+def test_processes_of_torchrun_share_out_the_cards(monkeypatch, local, cards, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert choose_device("auto") == choose_device("cuda") == torch.device(found)
+    assert choose_device("cuda:0") == torch.device("cuda:0") and choose_device("cpu") == CPU
+
+
 @pytest.mark.parametrize("wanted", ["gpu", "", "cpu:x", "cuda:-1", "meta", "cpu:1", "cpu:²"])
 def test_a_device_that_does_not_exist_is_refused(wanted):
     with pytest.raises(ZooError, match="is not on this machine"):
@@ -237,7 +248,7 @@ def test_an_interrupted_run_keeps_the_plan_that_it_began_with(tiny, make_recipe,
         if tick.phase == "network" and tick.epoch == 2:
             raise KeyboardInterrupt
 
-    recipe = make_recipe(epochs=3)
+    recipe = make_recipe(epochs=3, device="cpu")
     monkeypatch.setattr(speed, "FEWEST_STEPS", 4)
     plan = make_plan(recipe, "tiny", 0, tiny)
     begun = PrecisionPlan("bf16", channels_last=False, source="measured", measured={"bf16-nchw": 9.0})

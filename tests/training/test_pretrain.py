@@ -21,6 +21,7 @@ from zoo.files import home, read_json, sha256_file
 from zoo.models.nets import build_timm
 from zoo.models.registry import find_model
 from zoo.models.weights import load_weights, resolve_weights
+from zoo.training.precision import choose_device
 from zoo.training.pretrain import FormulaNet, Pretraining, augmented, colour_loss, pretrain
 
 TOY = {
@@ -54,7 +55,7 @@ def test_it_leaves_float16_weights_a_card_and_a_history(toy):
     assert (card["generator_version"], card["classes"], card["images_seen"]) == (GENERATOR_VERSION, 54, 2 * 54 * 4)
     assert card["settings"]["seed"] == 0
     assert {"torch", "timm", "numpy"} <= set(card["versions"])
-    assert card["hardware"].startswith("cpu")
+    assert card["hardware"].startswith(f"{choose_device('auto').type}: ")
     assert card["hours"] >= 0
     tensors = load_file(file)
     assert {value.dtype for value in tensors.values() if value.is_floating_point()} == {torch.float16}

@@ -118,20 +118,20 @@ class _Batches(Dataset[Batch | ZooError]):
 
 
 class _Order(Sampler[tuple[int, Places]]):
-    """A process's share of the batches of whichever epoch is set, from `start` on."""
+    """A process's share of the batches of whichever epoch is set, from `start` on, and of those up to the last."""
 
     def __init__(self, count: int, batch_size: int, seed: int, labels: Places | None, rank: int, world: int) -> None:
         self.count, self.batch_size, self.seed, self.labels = count, batch_size, seed, labels
         self.rank, self.world = rank, world
-        self.epoch, self.start = 0, 0
+        self.epoch, self.start, self.last_epoch = 0, 0, 0
 
     def __iter__(self) -> Iterator[tuple[int, Places]]:
-        for places in epoch_order(self.count, self.batch_size, self.seed, self.epoch, self.labels)[self.start :]:
-            own = places if self.world == 1 else places[share(len(places), self.rank, self.world)]
-            yield self.epoch, own
-
-    def __len__(self) -> int:
-        return len(_bounds(self.count, self.batch_size)) - self.start
+        start = self.start
+        for epoch in range(self.epoch, max(self.epoch, self.last_epoch) + 1):
+            for places in epoch_order(self.count, self.batch_size, self.seed, epoch, self.labels)[start:]:
+                own = places if self.world == 1 else places[share(len(places), self.rank, self.world)]
+                yield epoch, own
+            start = 0
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -170,6 +170,7 @@ class TrainBatches:
     """The training batches of every epoch: uint8 images (b, H, W, 3), labels (b,) and places (b,), both int64.
 
     workers: processes that load ahead; with 0 this one does, in its turn, on as many threads as torch has, up to four.
+    last_epoch: up to which they go on with the next epoch while what comes between two of them is done.
     balanced: draw each class equally often (`epoch_order`).
     rank, world: which `share` of every batch is wanted; one with no image in a share has (0,) for all shapes.
     """
@@ -186,9 +187,13 @@ class TrainBatches:
         balanced: bool = False,
         rank: int = 0,
         world: int = 1,
+        last_epoch: int = 0,
     ) -> None:
         self._count = len(_bounds(len(pixels), batch_size))
         self._order = _Order(len(pixels), batch_size, seed, pixels.y_true if balanced else None, rank, world)
+        self._order.last_epoch = last_epoch
+        self._next: tuple[int, int] | None = None  # epoch and number of the batch that the source gives next
+        self._source: Iterator[Batch | ZooError] = iter(())
         self._running: Iterator[Batch] | None = None
         threads = 1 if workers else min(torch.get_num_threads(), MOST_THREADS)
         self._batches = _Batches(pixels, augment, threads)
@@ -213,14 +218,19 @@ class TrainBatches:
     def _yield(self, epoch: int, start: int) -> Iterator[Batch]:
         if self._closed:
             raise ValueError("these batches are closed")
-        self._order.epoch, self._order.start = epoch, start
-        source = self._ask(self._source)
-        while (batch := self._ask(next, source, None)) is not None:
+        if self._next != (epoch, start):
+            self._order.epoch, self._order.start = epoch, start
+            self._source = self._ask(self._begun)
+        for number in range(start + 1, self._count + 1):
+            self._next = None  # until it has come
+            batch = self._ask(next, self._source)
             if isinstance(batch, ZooError):
                 raise batch
+            more = epoch < self._order.last_epoch
+            self._next = (epoch, number) if number < self._count else (epoch + 1, 0) if more else None
             yield batch
 
-    def _source(self) -> Iterator[Batch | ZooError]:
+    def _begun(self) -> Iterator[Batch | ZooError]:
         if not self._workers:
             return map(self._load, self._order)
         if self._loader is None:
@@ -263,7 +273,7 @@ class TrainBatches:
         self._running = None
 
     def _let_go(self) -> None:
-        self._loader = None
+        self._loader, self._next = None, None
         _end_workers(self._held)
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ def normalise(batch: Image, preprocessing: Preprocessing) -> np.ndarray[Any, np.
 
     (x - 255 mean) / (255 std), each step in float32: bit for bit what `normalise_tensor` gives.
     """
-    offset, scale = _offset_and_scale(preprocessing)
+    offset, scale = _offset_and_scale(preprocessing.mean, preprocessing.std)
     values = batch.transpose(0, 3, 1, 2).astype(np.float32, order="C")
     values -= offset[:, None, None]
     values /= scale[:, None, None]
@@ -63,18 +63,33 @@ def normalise_tensor(batch: torch.Tensor, preprocessing: Preprocessing) -> torch
     import torch
 
     count, height, width, channels = batch.shape
-    # Whole rows at a time: broadcasting over the three channels alone is ten times slower on a CPU.
-    offset, scale = (
-        torch.from_numpy(np.tile(part, width)).to(batch.device) for part in _offset_and_scale(preprocessing)
-    )
+    offset, scale = _rows(preprocessing.mean, preprocessing.std, width, str(batch.device))
     values = batch.reshape(count, height, width * channels).to(torch.float32)
     values = values.sub_(offset).div_(scale)
     return values.reshape(count, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _offset_and_scale(preprocessing: Preprocessing) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    mean, std = (np.asarray(each, np.float64) for each in (preprocessing.mean, preprocessing.std))
-    return (mean * 255).astype(np.float32), (std * 255).astype(np.float32)
+Triple = tuple[float, float, float]
+
+
+@lru_cache(maxsize=32)
+def _rows(mean: Triple, std: Triple, width: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what is taken from a row of pixels, and what it is divided by, on a device.
+
+    Whole rows at a time: broadcasting over the three channels alone is ten times slower on a CPU. Kept: to copy them
+    anew for each batch would make every step wait for a GPU to end the one before.
+    """
+    import torch
+
+    with torch.inference_mode(False):  # training may ask after scoring has
+        offset, scale = (torch.from_numpy(np.tile(part, width)).to(device) for part in _offset_and_scale(mean, std))
+    return offset, scale
+
+
+def _offset_and_scale(mean: Triple, std: Triple) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    wide = (np.asarray(each, np.float64) for each in (mean, std))
+    offset, scale = ((each * 255).astype(np.float32) for each in wide)
+    return offset, scale
 
 
 @dataclass(frozen=True)

@@ -153,9 +153,8 @@ def _scores(record: BundleRecord, facts: CardFacts, val: Scores, test: Scores | 
     lines = ["## Scores", ""]
     if not val:
         lines += [f"Scores on validation: {MISSING}.", ""]
-    lines.append(
-        "In brackets: intervals of 95 %. Validation: of the artefact itself. Test: of the run that it was made from."
-    )
+    of_test = " Test: of the run that it was made from." if test else ""
+    lines.append(f"In brackets: intervals of 95 %. Validation: of the artefact itself.{of_test}")
     columns = {"validation": val, **({"test": test} if test else {})}
     shown = [name for name in _METRICS if any(name in each for each in columns.values())]
     counts = [[name, *(_cell(each.get(key)) for each in columns.values())] for name, key in _COUNTS]

@@ -44,7 +44,7 @@ from zoo.deployment.parity import (
     judge,
     reference_predictions,
 )
-from zoo.deployment.quantise import CalibrationImages, halve_onnx, quantise_onnx, quantise_openvino
+from zoo.deployment.quantise import Calibration, half_onnx, int8_onnx, int8_openvino
 from zoo.deployment.rules import fit_rules
 from zoo.deployment.runtime import Session
 from zoo.errors import ZooError, nearest, one_line
@@ -254,22 +254,30 @@ def _remedy(precision: str) -> str:
 
 
 def _write_model(job: _Job, model: Any, folder: Path, pixels: Pixels) -> tuple[dict[str, Any], bool]:
-    onnx_file, images = folder / MODEL_FILES["onnx"][0], CalibrationImages(pixels, job.preprocessing)
-    job.progress("exporting", 0, 2)
+    onnx_file = folder / MODEL_FILES["onnx"][0]
+    job.progress("exporting", 0, 1)
     facts, mapped = write_onnx(model, job.preprocessing.image_size, onnx_file)
-    job.progress("exporting", 1, 2)
-    if job.format == "openvino":
-        if job.precision == "int8":
-            facts |= quantise_openvino(onnx_file, folder, images)
-        else:
-            facts |= write_openvino(onnx_file, folder, half=job.precision == "fp16")
-        onnx_file.unlink()
-    elif job.precision == "int8":
-        facts |= quantise_onnx(onnx_file, images)
-    elif job.precision == "fp16":
-        facts |= halve_onnx(onnx_file)
-    job.progress("exporting", 2, 2)
+    facts |= _as_asked(job, onnx_file, folder, pixels)
+    job.progress("exporting", 1, 1)
     return facts, mapped
+
+
+def _as_asked(job: _Job, onnx_file: Path, folder: Path, pixels: Pixels) -> dict[str, Any]:
+    """Make a float32 ONNX file what was asked for, and return how."""
+    onnx, eight_bits = job.format == "onnx", job.precision == "int8"
+    if onnx and job.precision == "float32":
+        return {}
+    if onnx and job.precision == "fp16":
+        return half_onnx(onnx_file)
+    calibration = Calibration(pixels, job.preprocessing)
+    if onnx:
+        return int8_onnx(onnx_file, calibration)
+    if eight_bits:
+        facts = int8_openvino(onnx_file, folder, calibration)
+    else:  # bf16 is what the runtime is asked to compute in; the file keeps float32
+        facts = write_openvino(onnx_file, folder, half=job.precision == "fp16")
+    onnx_file.unlink()
+    return facts
 
 
 def _record(job: _Job, folder: Path, exporter: dict[str, Any], mapped: bool) -> BundleRecord:

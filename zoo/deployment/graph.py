@@ -31,14 +31,16 @@ class _Exported(nn.Module):
 
     def __init__(self, model: Any, classifier: nn.Linear | None) -> None:
         super().__init__()
-        self.model, self.classifier = model, classifier
+        self.model = model
+        # Its own copy: a large weight that the graph itself reshapes is one that NNCF cannot read.
+        weight = None if classifier is None else classifier.weight.detach()[:, :, None, None].clone()
+        self.map_weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
 
     def forward(self, images: torch.Tensor) -> Any:
-        if self.classifier is None:
+        if self.map_weight is None:
             return self.model(images)
         values = self.model.forward_features(images)
-        weight = self.classifier.weight[:, :, None, None]
-        return self.model.forward_head(values), nn.functional.conv2d(values, weight)
+        return self.model.forward_head(values), nn.functional.conv2d(values, self.map_weight)
 
 
 def write_onnx(model: nn.Module, image_size: int, file: Path) -> tuple[dict[str, Any], bool]:
@@ -51,12 +53,12 @@ def write_onnx(model: nn.Module, image_size: int, file: Path) -> tuple[dict[str,
     _need_onnx()
     model = model.to(memory_format=torch.contiguous_format).eval()
     wrapped = _Exported(model, pooled_classifier(model, image_size)).eval()
-    mapped, why = wrapped.classifier is not None, ""
+    mapped, why = wrapped.map_weight is not None, ""
     for name, write, opset in _EXPORTERS:
         try:
             with quiet(), torch.no_grad():
                 proto = write(wrapped, torch.zeros(2, 3, image_size, image_size), [LOGITS, MAP][: 1 + mapped])
-            file.write_bytes(without_traces(proto))
+            file.write_bytes(onnx_bytes(proto))
             fault = _fault(wrapped, file, image_size)
         except OSError:
             raise
@@ -123,7 +125,7 @@ def _fault(wrapped: _Exported, file: Path, image_size: int) -> str | None:
     return None
 
 
-def without_traces(proto: Any) -> bytes:
+def onnx_bytes(proto: Any) -> bytes:
     """Return a graph's bytes without what names places on this machine; raises ZooError for weights outside of it."""
     import onnx
 
@@ -194,6 +196,9 @@ def save_openvino(model: Any, folder: Path, half: bool = False) -> dict[str, Any
     for key in ("conversion_parameters", "nncf"):
         if key in model.get_rt_info():
             model.set_rt_info("", key)
+    for number, each in enumerate(model.get_ordered_ops()):
+        if each.get_type_name() not in ("Parameter", "Result"):
+            each.set_friendly_name(f"{each.get_type_name()}_{number}")  # numbered by the process, else
     openvino.save_model(model, str(folder / MODEL_FILES["openvino"][0]), compress_to_fp16=half)
     return {"openvino": version("openvino")}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from zoo.errors import ZooError
 
@@ -21,15 +23,16 @@ _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
 _MOST_DEPTH = 64
 
 
-def check_onnx(data: bytes | memoryview) -> None:
-    """Raise ZooError where a graph's bytes are damaged, or name a file outside: weights that lie elsewhere.
+def check_onnx(graph: bytes | BinaryIO) -> None:
+    """Raise ZooError where a graph (its bytes, or its open file) is damaged, or names weights that lie elsewhere.
 
     A runtime would open such a file wherever it lies.
     """
     try:
-        _walk(memoryview(data), "model", 0)
-    except (IndexError, ValueError, RecursionError):
-        raise ZooError("the ONNX file is damaged; export it again") from None
+        data = graph if isinstance(graph, bytes) else mmap.mmap(graph.fileno(), 0, access=mmap.ACCESS_READ)
+        _walk(memoryview(data), "model", 0)  # not closed here: views of it live as long as an error's traceback
+    except (IndexError, ValueError):
+        raise ZooError("the ONNX file is damaged") from None
 
 
 def _walk(data: memoryview, kind: str, depth: int) -> None:
@@ -38,7 +41,7 @@ def _walk(data: memoryview, kind: str, depth: int) -> None:
     inside = _FIELDS[kind]
     for number, value in _fields(data):
         if kind == "tensor" and (number == _EXTERNAL_DATA or (number == _DATA_LOCATION and value)):
-            raise ZooError("the ONNX file names weights in another file, which is never opened; export it again")
+            raise ZooError("the ONNX file names weights in another file, which is never opened")
         if number in inside:
             if not isinstance(value, memoryview):
                 raise ValueError("no message")

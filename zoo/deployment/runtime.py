@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from zoo.deployment.onnx_file import check_onnx
 from zoo.errors import ZooError, one_line
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -56,6 +57,11 @@ def _open_onnx(file: Path, precision: str, threads: int) -> tuple[Run, list[str]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
+    try:
+        with file.open("rb") as stream:
+            check_onnx(stream)
+    except (OSError, ZooError) as error:
+        raise ZooError(f"{str(file)!r} is refused: {one_line(error)}; export it again") from error
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of its own kinds, which share no parent

@@ -66,7 +66,7 @@ def keep_tensors(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> K
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write tensors as safetensors, atomically, and return the file's SHA-256."""
-    plain = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
+    plain = {key: value.detach().contiguous().to("cpu", copy=True) for key, value in tensors.items()}
     data = _ordered(save(plain, metadata)) if metadata else save(plain)
     with atomic_writer(path) as stream:
         stream.write(data)

@@ -19,6 +19,7 @@ from zoo.training.parallel import Group
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan, choose_workers
 from zoo.training.speed import to_input
+from zoo.training.strategy import Phase
 
 _EXAMPLES = 4  # images on which a boundary is proved
 
@@ -79,21 +80,20 @@ def make_inputs(
     device: torch.device,
     group: Group,
     folder: Path,
-    epochs: int,
+    phase: Phase,
     on_batch: OnBatch | None = None,
 ) -> Inputs:
     """Return what a run's network phase works on.
 
     model: frozen as it will be trained. folder: of the run's checkpoint, which keeps activations until the run ends.
-    epochs: of the phase.
     """
-    recipe = plan.recipe
+    recipe, epochs = plan.recipe, phase.epochs
     boundary = None
     if recipe.finetune.freeze and group.world == 1 and not precision.compiled:
         example = next(fixed_batches(val_pixels, plan.preprocessing.image_size, _EXAMPLES))
         if len(example) > 1:
             boundary = find_boundary(model, to_input(example, plan.preprocessing, precision, device), precision, device)
-    inputs = Inputs(_augmented(plan, train_pixels, device, group), val_pixels, plan, precision, device)
+    inputs = Inputs(_augmented(plan, train_pixels, device, group, phase), val_pixels, plan, precision, device)
     if boundary is not None and boundary.pays(len(val_pixels), epochs, device):
         inputs.boundary = boundary
         inputs.val = boundary.activations(model, val_pixels, "val", plan, precision, device, folder, on_batch)
@@ -116,7 +116,7 @@ def _batch_size(plan: Plan, pixels: Pixels) -> int:
     return min(plan.recipe.finetune.batch_size, len(pixels))
 
 
-def _augmented(plan: Plan, pixels: Pixels, device: torch.device, group: Group) -> TrainBatches:
+def _augmented(plan: Plan, pixels: Pixels, device: torch.device, group: Group, phase: Phase) -> TrainBatches:
     recipe = plan.recipe
     augment = make_augment(recipe.policy, recipe.augment.transforms, plan.preprocessing.image_size, plan.seed)
     return TrainBatches(
@@ -129,4 +129,5 @@ def _augmented(plan: Plan, pixels: Pixels, device: torch.device, group: Group) -
         balanced=recipe.finetune.sampler == "balanced",
         rank=group.rank,
         world=group.world,
+        last_epoch=phase.first_epoch + phase.epochs - 1,
     )

@@ -16,6 +16,7 @@ from zoo.runs import Run, run_lock
 from zoo.training.checkpoint import remove_checkpoints
 from zoo.training.derived import derive, is_derived, sources
 from zoo.training.interruption import Interruption
+from zoo.training.kernels import lacks_steady_kernel
 from zoo.training.memory import freed_memory_kept
 from zoo.training.parallel import Group, joined
 from zoo.training.plan import Plan, finished_run, make_plan
@@ -117,20 +118,21 @@ def _guarded(plan: Plan, group: Group, on_tick: OnTick, on_epoch: OnEpoch) -> Ru
 
 def _with_less_memory(plan: Plan, group: Group, interruption: Interruption, on_tick: OnTick, on_epoch: OnEpoch) -> Run:
     """Train; where memory does not suffice, go on from the last checkpoint with batches computed in twice the parts."""
-    parts = 1
+    parts, unsteady = 1, ""
     while True:
         oldest = torch.zeros((), requires_grad=True) * 1
-        trainer = Trainer(plan, group, interruption, on_tick, on_epoch, parts)
+        trainer = Trainer(plan, group, interruption, on_tick, on_epoch, parts, unsteady)
         on_tick(Tick(plan.run.name, "begins", 0, 1))
         try:
             # What is short is not kept from other uses.
             with freed_memory_kept() if parts == 1 else nullcontext():
                 return trainer.run()
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or group.world > 1:
+            said, short = one_line(error, 120), is_out_of_memory(error)
+            if not (short or (lacks_steady_kernel(error) and not unsteady)) or group.world > 1:
                 raise
-            parts = 2 * trainer.progress.parts
-            said = one_line(error, 120)
+            parts = 2 * trainer.progress.parts if short else parts
+            unsteady = unsteady if short else said
         del trainer
         # autograd's queue holds on to a backward pass that broke until it is asked for something older than that.
         oldest.backward()  # type: ignore[no-untyped-call]
@@ -142,7 +144,7 @@ def _with_less_memory(plan: Plan, group: Group, interruption: Interruption, on_t
                 f"out of memory even with one image at a time ({said}); take a smaller model.image_size or network, or "
                 "free memory"
             )
-        on_tick(Tick(plan.run.name, f"out of memory: batches in {parts} parts", 0, 1))
+        on_tick(Tick(plan.run.name, f"out of memory: batches in {parts} parts" if short else said, 0, 1))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -152,12 +154,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-# The last three are oneDNN's words where it gets no memory for its work.
+# The last four are cuDNN's and oneDNN's words where they get no memory for their work.
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
     "out of memory",
     "std::bad_alloc",
+    "unable to find an engine to execute this computation",
     "could not create a memory",
     "could not create a primitive",
     "could not execute a primitive",

@@ -77,11 +77,13 @@ def _average(trainer: Trainer, model: nn.Module) -> list[str]:
 
 def _notes(trainer: Trainer) -> list[str]:
     parts, size = trainer.progress.parts, trainer.recipe.finetune.batch_size
+    unsteady = [f"trained again it may have other bits: {trainer.unsteady}"] if trainer.unsteady else []
     if parts == 1:
-        return []
+        return unsteady
     return [
+        *unsteady,
         f"a batch of {size} needed more memory than there is: computed in {parts} parts, their gradients added up; "
-        f"the effective batch is still {size}, but batch normalisation saw {-(-size // parts)} images at a time"
+        f"the effective batch is still {size}, but batch normalisation saw {-(-size // parts)} images at a time",
     ]
 
 

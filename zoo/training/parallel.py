@@ -63,7 +63,7 @@ class Group:
         """Return the values of all processes, in their order."""
         if self.world == 1:
             return [value]
-        boxes: list[Any] = [None] * self.world
+        boxes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(boxes, value)
         return boxes
 
@@ -99,7 +99,7 @@ def expected_world() -> int:
 def joined(device: torch.device) -> Iterator[Group]:
     """Join the processes that torchrun started, for the block; alone where there are none.
 
-    NCCL between CUDA cards, gloo between processes on CPUs. Raises ZooError where they cannot meet.
+    NCCL between CUDA cards, gloo between processes on CPUs or on one card. Raises ZooError where they cannot meet.
     """
     if expected_world() == 1:
         yield ALONE
@@ -107,11 +107,11 @@ def joined(device: torch.device) -> Iterator[Group]:
     if dist.is_initialized():  # a benchmark's next run
         yield Group(dist.get_rank(), dist.get_world_size())
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" and not _cards_are_shared() else "gloo"
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        dist.init_process_group(backend, timeout=_PATIENCE, device_id=device if backend == "nccl" else None)
     except (RuntimeError, ValueError, OSError) as error:
         raise ZooError(
             f"the {expected_world()} processes of torchrun cannot meet by {backend}: {error}; start them again"
@@ -127,6 +127,12 @@ def joined(device: torch.device) -> Iterator[Group]:
         ) from None
     finally:
         dist.destroy_process_group()
+
+
+def _cards_are_shared() -> bool:
+    """Return whether torchrun started more processes here than there are CUDA cards, which NCCL refuses."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return local.isdecimal() and int(local) > torch.cuda.device_count()
 
 
 def across(model: nn.Module, group: Group, device: torch.device) -> nn.Module:

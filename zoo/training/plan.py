@@ -169,6 +169,7 @@ def make_plan(
     recipe = load_recipe(recipe, root=root) if isinstance(recipe, str) else recipe
     dataset = load_dataset(data, root) if isinstance(data, str) else data
     device = choose_device(recipe.device)
+    _refuse_one_card_for_all(recipe.device)
     choose_plan(recipe.precision, device)
     choose_workers(recipe.workers, device)
     _check_batch(recipe, dataset)
@@ -221,6 +222,16 @@ def _recipe_digest(
     if bad_images:
         resolved["bad_images"] = bad_images
     return digest_of(resolved)
+
+
+def _refuse_one_card_for_all(device: str) -> None:
+    from zoo.training.parallel import expected_world
+
+    if ":" in device and expected_world() > 1:
+        raise ZooError(
+            f"device {device!r} names one card, and torchrun started {expected_world()} processes; set device=cuda, "
+            "which gives each its own"
+        )
 
 
 def _check_batch(recipe: Recipe, dataset: Dataset) -> None:

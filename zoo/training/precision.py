@@ -15,6 +15,7 @@ import torch
 
 from zoo.errors import ZooError, one_line
 from zoo.files import digest_of, read_json, write_json
+from zoo.training.kernels import lacks_steady_kernel
 
 FEWEST_STEPS = 200  # below, measuring would cost more than it brings
 LONG_RUN_S = 900.0  # from here on torch.compile, which costs a minute or two, is tried as well
@@ -99,6 +100,7 @@ def begun_plan(facts: dict[str, Any]) -> PrecisionPlan:
 def choose_device(wanted: str) -> torch.device:
     """Return the device: `auto` takes CUDA, then MPS, then the CPU.
 
+    Of several processes that torchrun started on this machine, each has a CUDA card of its own, as far as they reach.
     Raises ZooError where the wanted device is not there.
     """
     there = ["cpu"]
@@ -106,11 +108,10 @@ def choose_device(wanted: str) -> torch.device:
         there.insert(0, "mps")
     if torch.cuda.is_available():
         there.insert(0, "cuda")
-    if wanted == "auto":
-        # Of several processes that torchrun started, each has its own card.
-        local = os.environ.get("LOCAL_RANK", "")
-        several = there[0] == "cuda" and local.isdecimal() and int(local) < torch.cuda.device_count()
-        return torch.device(f"cuda:{local}" if several else there[0])
+    wanted = there[0] if wanted == "auto" else wanted
+    local = os.environ.get("LOCAL_RANK", "")
+    if wanted == there[0] == "cuda" and local.isdecimal():
+        return torch.device("cuda", int(local) % torch.cuda.device_count())
     kind, colon, index = wanted.partition(":")
     counts = {"cuda": torch.cuda.device_count()}
     if kind not in there or (colon and not (index.isdecimal() and int(index) < counts.get(kind, 1))):
@@ -195,8 +196,10 @@ def _tried(
 ) -> list[tuple[float, float]]:
     try:
         return steps(plan, 1 + count)
-    except (RuntimeError, MemoryError, NotImplementedError):  # a format that this network or machine cannot do
-        return []
+    except (RuntimeError, MemoryError, NotImplementedError) as error:
+        if lacks_steady_kernel(error):  # in no format
+            raise
+        return []  # a format that this network or machine cannot do
 
 
 def _close(losses: list[float], reference: list[float]) -> bool:
@@ -234,7 +237,9 @@ def _maybe_compiled(
     started = time.perf_counter()
     try:
         found = steps(compiled, 1 + _TIMED_STEPS)
-    except Exception:  # no compiler, or a network that it cannot do: compilers raise kinds of their own
+    except Exception as error:  # no compiler, or a network that it cannot do: compilers raise kinds of their own
+        if lacks_steady_kernel(error):
+            raise
         rates[compiled.name] = None
         return plan
     cost = time.perf_counter() - started

@@ -31,6 +31,7 @@ from zoo.models.nets import build_timm, classifiers_of
 from zoo.runs import run_lock
 from zoo.training.checkpoint import Progress, load_checkpoint, remove_checkpoints, save_checkpoint, save_tensors
 from zoo.training.environment import device_name, versions
+from zoo.training.kernels import steady_kernels
 from zoo.training.loop import OnTick, Tick
 from zoo.training.precision import PrecisionPlan, choose_device, choose_plan, set_threads
 
@@ -200,6 +201,10 @@ class _Pretrainer:
 
     def run(self) -> None:
         """Draw the images, train every epoch, write weights and card."""
+        with steady_kernels(self.device, strict=False):
+            self._run()
+
+    def _run(self) -> None:
         settings = self.settings
         classes = formula_classes(settings.families, settings.seed)
         pool = formula_pool(

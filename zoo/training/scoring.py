@@ -28,6 +28,7 @@ from zoo.training.features import (
     pixels_logits,
     split_features,
 )
+from zoo.training.kernels import steady_kernels
 from zoo.training.memory import freed_memory_kept
 from zoo.training.precision import PrecisionPlan, choose_device, recorded_plan, set_threads
 from zoo.training.views import logits_of_views
@@ -218,7 +219,7 @@ def evaluate(
         record_look(root or home(), record)
     if model is not None:
         model = model.to(memory_format=plan.memory_format)
-        with freed_memory_kept():
+        with freed_memory_kept(), steady_kernels(device, strict=False):
             logits = _split_logits(record, model, pixels, split, plan, device)
     assert logits is not None
     write_scores(run, record, pixels, split, logits)

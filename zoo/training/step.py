@@ -220,8 +220,7 @@ class EpochTrainer:
 
     def _update(self, several: list[Batch], epoch: int, number: int, image_size: int) -> None:
         """Make one update and count it."""
-        for kept, buffer in zip(self.before, self.buffers, strict=True):
-            kept.copy_(buffer)
+        _copy_all(self.before, self.buffers)
         self.whole = False
         progress = self.progress
         loss, hits = self.updater.update(several, epoch, number, image_size)
@@ -239,9 +238,7 @@ class EpochTrainer:
             self.whole = self.whole and not self.pending
             return
         if not self.whole and not self.updater.applying:
-            with torch.no_grad():
-                for kept, buffer in zip(self.before, self.buffers, strict=True):
-                    buffer.copy_(kept)
+            _copy_all(self.buffers, self.before)
             self.whole = True
         if self.whole:
             self._flush(epoch)
@@ -252,8 +249,8 @@ class EpochTrainer:
         if not pending:
             return
         group, device, sums = self.updater.group, self.updater.device, self.progress.partial
-        losses = [float(loss) for loss, _, _ in pending]
-        hits = float(sum(float(right) for _, right, _ in pending))
+        losses = torch.stack([loss for loss, _, _ in pending]).tolist()  # asked for at once: a GPU is waited for
+        hits = float(torch.stack([right for _, right, _ in pending]).sum())
         counts = [float(count) for _, _, count in pending]
         totals = group.total([*losses, *counts, hits], device)
         losses, counts = totals[: len(pending)], totals[len(pending) : -1]
@@ -289,6 +286,14 @@ class EpochTrainer:
             "train_top1": sums["hits"] / sums["images"],
             "images_per_s": round(sums["images"] / max(1e-9, sums["seconds"]), 2),
         }
+
+
+@torch.no_grad()
+def _copy_all(into: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Copy tensors of the same shapes and types, those of one type at once: a network has hundreds of small buffers."""
+    for dtype in {each.dtype for each in values}:
+        places = [place for place, each in enumerate(values) if each.dtype == dtype]
+        torch._foreach_copy_([into[place] for place in places], [values[place] for place in places])
 
 
 def _several(batches: Iterator[Batch], accumulate: int, first: int) -> Iterator[tuple[int, list[Batch]]]:

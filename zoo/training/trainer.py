@@ -31,6 +31,7 @@ from zoo.training.checkpoint import (
 from zoo.training.head import HeadTrainer
 from zoo.training.inputs import Inputs, make_inputs
 from zoo.training.interruption import Interruption
+from zoo.training.kernels import steady_kernels
 from zoo.training.loss import make_criterion
 from zoo.training.outcome import finish
 from zoo.training.parallel import Group, across, shared_batch_norm
@@ -71,7 +72,8 @@ OnEpoch = Callable[[dict[str, Any]], None]
 class Trainer:
     """One run in one process, or this process's part of it.
 
-    parts: into how many a batch is divided so that it fits the memory; what a checkpoint says is the least.
+    parts: into how many a batch is divided so that it fits the memory; what a checkpoint says is the least. unsteady:
+    what torch said of a CUDA kernel that gives the same bits every time, where it has none for this network.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Trainer:
         on_tick: OnTick,
         on_epoch: OnEpoch,
         parts: int = 1,
+        unsteady: str = "",
     ) -> None:
         self.plan, self.recipe, self.group, self.interruption = plan, plan.recipe, group, interruption
         self.on_tick, self.on_epoch = on_tick, on_epoch
@@ -92,6 +95,7 @@ class Trainer:
         self.progress = Progress() if self.checkpoint is None else self.checkpoint.progress
         # Shares of several processes are cut alike only where they are not cut at all.
         self.progress.parts = max(parts, self.progress.parts) if group.world == 1 else 1
+        self.unsteady = unsteady
         if self.progress.best_epoch and self.checkpoint is not None and "best" not in self.checkpoint.kept:
             raise ZooError(
                 f"the checkpoint in {str(self.folder)!r} is of an older zoo; move the folder away to start anew"
@@ -108,7 +112,8 @@ class Trainer:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            return self._run()
+            with steady_kernels(self.device, strict=not self.unsteady and self.group.world == 1):
+                return self._run()
         finally:
             torch.set_num_threads(before)
 
@@ -122,9 +127,6 @@ class Trainer:
         check_shares(
             len(self.train_pixels), min(self.recipe.finetune.batch_size, len(self.train_pixels)), self.group.world
         )
-        if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = False
-            torch.backends.cudnn.deterministic = True
         counts = np.bincount(self.train_pixels.y_true, minlength=len(plan.dataset.classes))
         self.criterion = make_criterion(self.recipe.loss, counts, self.device)
         model, note = plan.model()
@@ -211,7 +213,7 @@ class Trainer:
         charged = max(0.0, train.seconds + val.seconds - (time.perf_counter() - started))
         self.progress.step_s = train.seconds
         self.progress.images_seen = len(self.train_pixels)
-        backbone = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+        backbone = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
         counts = np.bincount(self.train_pixels.y_true, minlength=len(self.plan.dataset.classes))
         criterion = make_criterion(self.recipe.loss, counts, torch.device("cpu"))
         trainer = HeadTrainer(self.recipe, self.plan.seed, phase, name, classifier, train, val, criterion)
@@ -267,7 +269,7 @@ class Trainer:
             self.device,
             self.group,
             self.folder,
-            phase.epochs,
+            phase,
             self._counted("frozen stages"),
         )
 
@@ -437,7 +439,7 @@ class Trainer:
 
 
 def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    return {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
 
 
 def _begun_threads(progress: Progress) -> int:

@@ -4,7 +4,7 @@ import { renderMarkdown } from "./markdown.js";
 
 const HISTORY = 24, ROWS = 10, TRIES = 5, THUMBNAIL = 192;
 const $ = (id) => document.getElementById(id);
-const state = { token: null, model: null, facts: null, entries: [], current: null, serial: 0, all: false, stop: null };
+const state = { token: null, model: null, facts: null, entries: [], current: null, serial: 0, all: false, stop: null, waiting: [], working: false };
 
 class Refused extends Error {
   constructor(words, status) { super(words); this.status = status; }
@@ -28,7 +28,7 @@ async function saidBy(response) {
   const words = WORDS[response.status] ?? `The server failed (${response.status}).`;
   try {
     const { error } = await response.json();
-    return typeof error === "string" && error ? `${words} It says: ${error}` : words;
+    return typeof error === "string" && error ? `${words} The server says: ${error}` : words;
   } catch { return words; }
 }
 
@@ -128,7 +128,7 @@ function paintMap(values) {
   const pixels = context.createImageData(small.width, small.height);
   values.flat().forEach((value, index) => {
     const known = Number.isFinite(value) ? value : 0;
-    pixels.data.set([...colour(known), 255 * Math.min(1, Math.max(0, known)) ** 0.7], 4 * index);
+    pixels.data.set([...colour(known), 255 * Math.min(1, Math.max(0, known))], 4 * index);
   });
   context.putImageData(pixels, 0, 0);
   return small;
@@ -283,7 +283,6 @@ function forget(entry) {
 }
 
 async function predict(entry) {
-  state.stop?.abort();
   const stop = (state.stop = new AbortController()), form = new FormData();
   form.append("files", new Blob([entry.file], { type: entry.type }), "image"); // never the file's own name
   Object.assign(entry, { prediction: null, fault: null });
@@ -296,26 +295,39 @@ async function predict(entry) {
     const waits = (seconds, turn) => verdict("busy", "The server is busy", `Asking again in ${seconds} s (try ${turn} of ${TRIES}).`);
     const answer = await ask(`predict?${query}`, { body: form, signal: stop.signal, waits });
     const [prediction] = answer.predictions;
-    if (prediction.error) entry.fault = `${WORDS[422]} It says: ${prediction.error}`;
+    if (prediction.error) entry.fault = `${WORDS[422]} The server says: ${prediction.error}`;
     else Object.assign(entry, { prediction, model: answer.model });
     if (answer.not_a_medical_device) $("device").hidden = false;
   } catch (error) {
     entry.fault = stop.signal.aborted ? "Stopped." : error instanceof Refused ? error.message : "The server's answer cannot be read.";
   }
-  if (state.stop !== stop) return; // another image or model was asked for meanwhile
   state.stop = null;
   $("stop").hidden = true;
-  show(entry);
+  if (state.current === entry) show(entry); else showHistory();
 }
 
-async function take(files) {
+/** Ask about files, or anew about an entry, one after the other: what comes first is answered first. */
+async function enqueue(...jobs) {
+  state.waiting.push(...jobs);
+  verdict("busy", "Reading the image", "");
+  if (state.working) return;
+  state.working = true;
+  while (state.waiting.length) {
+    const job = state.waiting.shift(), entry = job instanceof File ? await newEntry(job) : job;
+    if (state.entries.includes(entry)) await predict(entry);
+  }
+  state.working = false;
+}
+
+function stopAll() {
+  state.waiting.length = 0;
+  state.stop?.abort();
+}
+
+function take(files) {
   const found = [...files];
   if (!found.length) { $("fault").textContent = "No image was in what you gave."; return; }
-  const turn = (state.turn = (state.turn ?? 0) + 1);
-  for (const file of found) {
-    if (state.turn !== turn) return;
-    await predict(await newEntry(file));
-  }
+  enqueue(...found);
 }
 
 // ---- history ----
@@ -337,7 +349,7 @@ function showHistory() {
     button.append(cell("span", `${entry.serial}. ${entry.name}`, "name"));
     button.append(cell("span", entry.fault ? "No answer" : prediction ? `${prediction.label} ${score(prediction.scores[prediction.label])}` : "…", "said"));
     if (prediction?.refer) button.append(cell("span", "Refer to a human", "refers"));
-    button.addEventListener("click", () => { state.stop?.abort(); show(entry); });
+    button.addEventListener("click", () => show(entry));
     item.append(button);
     return item;
   }));
@@ -345,8 +357,7 @@ function showHistory() {
 }
 
 function clear() {
-  state.stop?.abort();
-  state.turn = (state.turn ?? 0) + 1;
+  stopAll();
   state.entries.splice(0).forEach(forget);
   state.current = null;
   $("picture").removeAttribute("src");
@@ -382,7 +393,7 @@ function showFacts(facts) {
   for (const [split, words] of [["test", "on test"], ["val", "on validation"]]) {
     for (const [name, shown] of [["balanced_accuracy", "Balanced accuracy"], ["top1", "Accuracy"]]) {
       const said = interval(facts[split], name);
-      if (said) { rows.push([`${shown} ${words} [95 %]`, said]); break; }
+      if (said) { rows.push([`${shown} ${words} [95\u00a0%]`, said]); break; }
     }
   }
   $("facts").replaceChildren(...rows.filter(([, said]) => said).map(([name, said]) => {
@@ -423,9 +434,10 @@ async function start() {
 }
 
 $("model").addEventListener("change", async (event) => {
+  state.stop?.abort();
   try {
     await load(event.target.value);
-    if (state.current) await predict(state.current);
+    if (state.current) enqueue(state.current);
   } catch (error) { verdict("error", "No answer", error.message); }
 });
 for (const id of ["drop", "choose"]) $(id).addEventListener("click", () => $("file").click());
@@ -452,8 +464,8 @@ document.addEventListener("paste", (event) => {
 });
 for (const id of ["shown", "strength"]) $(id).addEventListener("input", drawMap);
 new ResizeObserver(drawMap).observe($("stage"));
-$("again").addEventListener("click", () => state.current ? predict(state.current) : start());
-$("stop").addEventListener("click", () => state.stop?.abort());
+$("again").addEventListener("click", () => state.current ? enqueue(state.current) : start());
+$("stop").addEventListener("click", stopAll);
 $("all").addEventListener("click", () => { state.all = !state.all; showScores(state.current?.prediction ?? null); });
 $("clear").addEventListener("click", clear);
 $("token-form").addEventListener("submit", () => { $("token-box").returnValue = "given"; });
