@@ -2,7 +2,8 @@
 
 Prints a table and, as its last line, one JSON object. Networks are trained for a moment on generated photographs and
 exported; a variant counts only where its export passed the parity gate. Then, for each batch size, one process asks in
-turns, so that a drift of the machine hits all alike, and medians over all calls are compared:
+turns; a call's median in each turn, and the median over turns of both are what is compared, so that a drift of the
+machine hits all alike:
 
 - `ours`: `Predictor.logits` of the ONNX float32 bundle on prepared uint8 images: crop, stack, normalising, network.
 - `raw`: `InferenceSession.run` of the same file, as many threads, on a float32 tensor that lies ready; nothing else.
@@ -137,8 +138,8 @@ def contestants(run: Any, root: Any, bundles: dict[str, Any], batch: int, thread
     return calls
 
 
-def in_turns(calls: dict[str, Call], rounds: int, turn_s: float) -> dict[str, float]:
-    """Return the median milliseconds of a call of each; in every round each has a turn of so many seconds."""
+def in_turns(calls: dict[str, Call], rounds: int, turn_s: float) -> dict[str, np.ndarray]:
+    """Return each one's median milliseconds of a call in every round, (rounds,); a turn lasts so many seconds."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in list(calls) if number % 2 else list(calls)[::-1]:
@@ -150,8 +151,13 @@ def in_turns(calls: dict[str, Call], rounds: int, turn_s: float) -> dict[str, fl
                 started = time.perf_counter()
                 calls[name]()
                 taken.append(time.perf_counter() - started)
-            found[name] += taken
-    return {name: 1e3 * float(np.median(each)) for name, each in found.items()}
+            found[name].append(1e3 * float(np.median(taken)))
+    return {name: np.array(each) for name, each in found.items()}
+
+
+def over(ms: dict[str, np.ndarray], one: str, two: str) -> float:
+    """Return how many times as long `one` takes as `two`: the median over rounds, in each of which both had a turn."""
+    return round(float(np.median(ms[one] / ms[two])), 3)
 
 
 def busy_s() -> float:
@@ -167,9 +173,10 @@ def measure(run: Any, root: Any, bundles: dict[str, Any], batch: int, chosen: ar
     """Return the row of one network at one batch size."""
     calls = contestants(run, root, bundles, batch, chosen.threads)
     before = time.perf_counter(), time.process_time(), busy_s()
-    ms = in_turns(calls, chosen.rounds, chosen.turn_s)
+    by_round = in_turns(calls, chosen.rounds, chosen.turn_s)
     wall, own, busy = time.perf_counter() - before[0], time.process_time() - before[1], busy_s() - before[2]
     by_others = max(0.0, (busy - own) / wall / (os.cpu_count() or 1))
+    ms = {name: float(np.median(each)) for name, each in by_round.items()}
     eager = min((name for name in ms if name.startswith("eager")), key=lambda name: ms[name])
     best = min(bundles, key=lambda name: ms[name])
     ours = ms["onnx-float32"]
@@ -180,13 +187,13 @@ def measure(run: Any, root: Any, bundles: dict[str, Any], batch: int, chosen: ar
         "ours_images_per_s": round(1e3 * batch / ours, 1),
         "raw_ms": round(ms["raw"], 3),
         "session_ms": round(ms["session"], 3),
-        "ratio": round(ms["raw"] / ours, 3),
-        "session_ratio": round(ms["raw"] / ms["session"], 3),
+        "ratio": over(by_round, "raw", "onnx-float32"),
+        "session_ratio": over(by_round, "raw", "session"),
         "eager": eager.removeprefix("eager "),
         "eager_ms": round(ms[eager], 3),
         "best_variant": best,
         "best_ms": round(ms[best], 3),
-        "eager_ratio": round(ms[eager] / ms[best], 3),
+        "eager_ratio": over(by_round, eager, best),
         "variants_ms": {name: round(ms[name], 3) for name in bundles},
         "by_others": round(by_others, 3),
         "disturbed": by_others > DISTURBED,
@@ -205,7 +212,7 @@ def best_batch(bundle: Any, root: Any, chosen: argparse.Namespace) -> int:
         for batch in chosen.batches
     }
     ms = in_turns(calls, 2, chosen.turn_s)
-    return max(chosen.batches, key=lambda batch: batch / ms[str(batch)])
+    return max(chosen.batches, key=lambda batch: batch / float(np.median(ms[str(batch)])))
 
 
 # The command ------------------------------------------------------------------------------------------------------
@@ -219,8 +226,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", default="4,8,16,32", help="of which the best is measured beside batch 1")
     parser.add_argument("--size", type=int, default=224, help="pixels of each side")
     parser.add_argument("--threads", type=int, default=None, help="cores of one call; left out: all")
-    parser.add_argument("--rounds", type=int, default=6, help="turns of each")
-    parser.add_argument("--turn-s", type=float, default=0.5, help="seconds of a turn")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each")
+    parser.add_argument("--turn-s", type=float, default=0.2, help="seconds of a turn")
     parser.add_argument("--images", type=int, default=160, help="photographs; a fifth of them are val")
     parser.add_argument("--epochs", type=int, default=2, help="of the training before the export")
     chosen = parser.parse_args()
