@@ -86,6 +86,7 @@ def test_every_command_of_the_readme_parses():
         "models/README.md",
         "data/README.md",
         "docs/pretraining.md",
+        "docs/deployment.md",
         "docs/statistics.md",
         "docs/training.md",
         "benchmarks/perf/README.md",
