@@ -46,7 +46,7 @@ class Calibration:
 def int8_onnx(file: Path, calibration: Calibration) -> dict[str, Any]:
     """Make an ONNX file one of 8-bit integers in its place, weights per channel; return how.
 
-    By NNCF: on MobileNets it kept two to three times as many labels as the quantisation of ONNX Runtime.
+    By NNCF, which kept more labels of MobileNets than the quantisation of ONNX Runtime (docs/deployment.md).
     Raises ZooError where NNCF is not installed, or cannot do it.
     """
     import onnx
