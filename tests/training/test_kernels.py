@@ -12,9 +12,7 @@ from zoo.models.spec import own_models
 from zoo.training.kernels import lacks_steady_kernel, steady_kernels
 from zoo.training.loop import train
 
-LACKS = (
-    "some_backward_cuda does not have a deterministic implementation, but you set 'torch.use_deterministic'"
-)
+LACKS = "some_backward_cuda does not have a deterministic implementation, but you set 'torch.use_deterministic'"
 
 
 def settings() -> tuple[bool, ...]:
