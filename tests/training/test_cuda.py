@@ -266,7 +266,7 @@ def test_scores_on_the_card_are_those_on_the_cpu(trained, make_recipe):
     assert (run.path / "predictions-test.npz").is_file() and 0 <= test["top1"] <= 1
     files = sorted((trained.data / "tiny").rglob("*.png"))
     on_card, on_cpu = (Predictor.load(run, trained, device) for device in ("cuda", "cpu"))
-    assert on_card.device.type == "cuda" and on_cpu.device.type == "cpu"
+    assert [each.network.device.type for each in (on_card, on_cpu)] == ["cuda", "cpu"]
     ours, theirs = on_card.predict(files, explain=trained.root / "shown"), on_cpu.predict(files)
     assert len(ours) == len(files)
     for one, two in zip(ours, theirs, strict=True):
@@ -313,7 +313,7 @@ def test_two_processes_on_one_card_give_what_one_gives(tiny, make_recipe, tmp_pa
     keys = {"batch_size": 7, "accumulate": 2, "drop_rate": 0.3, "mixup": 0.3, "optimizer.name": "sgd", "epochs": 3}
     keys |= {"device": "cuda", "precision": "float32"}
     one = train(make_recipe(**{key.replace(".", "__"): value for key, value in keys.items()}), "tiny", 0, tiny)
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "zoo"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "zoo"]
     words = ["train", "tiny", "--data", "tiny", *(w for k, v in keys.items() for w in ("--set", f"{k}={v}"))]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, *words],
@@ -334,7 +334,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-os.environ.update(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+os.environ.update(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
 from zoo.training import parallel
 from zoo.training.precision import choose_device
 
@@ -372,7 +372,8 @@ def test_what_processes_share_travels_by_nccl():
 
 def test_torchrun_with_one_process_trains_on_the_card(tiny):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "zoo", "train", "tiny", "--data",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "zoo", "train",
+         "tiny", "--data",
          "tiny", "--set", "device=cuda"],
         env={**os.environ, "ZOO_HOME": str(tiny.root), "PYTHONWARNINGS": "default"},
         capture_output=True, text=True, timeout=120, cwd=tiny.root, check=False,

@@ -84,7 +84,9 @@ def _print(found: Outcome, file: Path) -> None:
     metric = document["metric"]
     rows = [cells for row in document["candidates"] for cells in _rows(row, metric)]
     place = document["environment"]
-    title = f"{document['dataset']}: {len(document['candidates'])} candidates by val {metric}"
+    title = (
+        f"{document['dataset']}: {len(document['candidates'])} candidates, the chosen first, then by {document['cost']}"
+    )
     title += f"; {place['threads']} threads of {place['processor']}" if place else ""
     kept = _that_fit(rows, out.width)
     print_table(

@@ -108,19 +108,32 @@ def _draw(axes: Axes, row: Mapping[str, Any], x: float, metric: str) -> None:
 
 
 def _label(axes: Axes, rows: Sequence[Mapping[str, Any]], column: str, metric: str, front: Sequence[int]) -> None:
-    """Name the chosen, the runner-up and the front first, the rest as far as there is room."""
+    """Number the dots and list their names beside the plot, the best on val first, so that no name lies on another.
+
+    The chosen, the runner-up and the front have a number in any case, the rest as far as there is room.
+    """
     order = sorted(range(len(rows)), key=lambda each: (rows[each]["role"] is None, each not in front, each))
-    above = False
-    for place in sorted(order[:_NAMED], key=lambda each: rows[each][column]):
-        row, above = rows[place], not above
+    named = sorted(order[:_NAMED], key=lambda each: -METRIC_SIGN[metric] * rows[each][f"val_{metric}"])
+    for number, place in enumerate(named, 1):
+        row = rows[place]
+        colour = ORANGE if row["role"] == "chosen" else GREY
         axes.annotate(
-            literal(cut_middle(short_name(row["name"]), 44)),
+            str(number),
             (row[column], row[f"val_{metric}"]),
-            xytext=(6, 5 if above else -5),
+            xytext=(5, 3 if number % 2 else -9),
             textcoords="offset points",
             fontsize=SIZE - 1,
-            va="bottom" if above else "top",
-            color=ORANGE if row["role"] == "chosen" else GREY,
+            color=colour,
+        )
+        name = literal(cut_middle(short_name(row["name"]), 44))
+        axes.text(
+            1.02,
+            1 - (number - 0.5) / max(_NAMED, len(named)),
+            f"{number:>2}  {name}",
+            transform=axes.transAxes,
+            fontsize=SIZE - 1,
+            va="center",
+            color=colour,
         )
 
 
