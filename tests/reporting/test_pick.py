@@ -258,6 +258,8 @@ def test_the_figure_has_every_candidate_and_is_drawn_for_none():
     document["floors"] = [{"name": "majority", "val_top1": 0.5}]
     figure = plot_pareto(document, limits)
     [axes] = figure.axes
-    assert len(axes.texts) == 2 and axes.get_xlim()[1] > 30
+    shown = [text.get_text().split() for text in axes.texts]  # a number at each dot, and beside the plot its name
+    assert sorted(words[0] for words in shown) == ["1", "1", "2", "2"]
+    assert sum(len(words) > 1 for words in shown) == 2 and axes.get_xlim()[1] > 30
     assert [text.get_text() for text in figure.legends[0].get_texts()][-2:] == ["limit", "strongest floor"]
     assert not plot_pareto({**document, "candidates": []}).legends
