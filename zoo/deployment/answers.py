@@ -123,9 +123,10 @@ def mean_of_views(logits: Floats) -> Floats:
 def heat_of(maps: Floats, targets: Sequence[int]) -> Floats:
     """Return where evidence for one class of each image was found: (B, h, w) in [0, 1], all 0 without any.
 
-    maps: (B, C, h, w), what each place adds to each class's logit (Zhou et al. 2016, arXiv 1512.04150).
+    maps: (B, C, h, w), what each place adds to each class's logit (Zhou et al. 2016, arXiv 1512.04150). What it adds to
+    all of them changes no score, so evidence is what it adds to this class beyond the mean of the classes.
     """
-    chosen = np.maximum(maps[np.arange(len(maps)), list(targets)], 0)
+    chosen = np.maximum(maps[np.arange(len(maps)), list(targets)] - maps.mean(axis=1), 0)
     highest = chosen.max(axis=(1, 2), keepdims=True)
     return np.asarray(np.divide(chosen, highest, out=np.zeros_like(chosen), where=highest > 0))
 

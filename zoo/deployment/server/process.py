@@ -143,6 +143,8 @@ class _Server(uvicorn.Server):
         """Ask for the end; asked twice, it waits for nobody."""
         self.force_exit = self.should_exit
         self.should_exit = True
+        # What is cut off then is no news; uvicorn would tell it with a traceback.
+        logging.getLogger("uvicorn.error").disabled = self.force_exit
 
 
 class _Spare(logging.Formatter):
