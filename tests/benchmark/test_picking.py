@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 import zoo
@@ -38,26 +37,26 @@ def test_from_a_table_to_a_bundle(trained):
     assert sum("stands for 2 seeds" in note for note in document["notes"]) == 1
 
     folder = found.run.path / "exports" / "onnx-float32"
-    own, test = read_predictions(folder / "predictions-val.npz"), read_predictions(folder / "predictions-test.npz")
+    own, test = read_predictions(folder / "predictions-val.npz"), read_predictions(found.run.predictions_file("test"))
     record = found.run.record
     assert document["candidates"][0]["val_top1"] == compute_metrics(own, record.classes)["top1"]
     assert found.test["top1"] == compute_metrics(test, record.classes)["top1"]
     low, high = found.test["top1_ci"]
-    assert low <= found.test["top1"] <= high and found.test["first_look"]
-    np.testing.assert_array_equal(test.sample_ids, read_predictions(found.run.predictions_file("test")).sample_ids)
-    assert looks(trained) == before + 1 and document["test_looks"]["scorings"] == before + 1
+    assert low <= found.test["top1"] <= high
+    # The run was scored in float32, and its artefact is float32 too: test is not looked at again.
+    assert not found.test["first_look"] and looks(trained) == before == document["test_looks"]["scorings"]
 
     assert export(found, trained).name == found.bundle.name
     again = pick("tiny", trained, margin=1.0)  # nothing is measured, exported or scored anew
     assert again.document["measured_at"] == document["measured_at"]
     assert again.bundle.name == found.bundle.name and not again.test["first_look"]
-    assert again.test["top1"] == found.test["top1"] and looks(trained) == before + 1
+    assert again.test["top1"] == found.test["top1"] and looks(trained) == before
 
     with pytest.raises(ZooError, match=r"nothing fits: 0 of 2 candidates keep .*; nearest: .*has .*, off by"):
         pick("tiny", trained, max_size_mb=1e-6)
     missed = outcome("tiny", Wish(max_size_mb=1e-6), trained)
     assert missed.pick is None and missed.document["run"] is None and missed.document["test"] is None
-    assert len(missed.document["nearest_misses"]) == 2 and looks(trained) == before + 1
+    assert len(missed.document["nearest_misses"]) == 2 and looks(trained) == before
 
 
 @pytest.mark.slow
@@ -86,7 +85,8 @@ def test_of_each_recipe_the_seed_that_is_best_on_val_stands_for_it(trained):
     one, two = (run for run in runs if "--tiny--s" in run.name)
     for run, value in ((one, 0.25), (two, 0.75)):
         write_json(run.metrics_file("val"), {**run.metrics("val"), "top1": value})
-    chosen, notes = best_seeds(runs, "top1")
+    chosen, broken, notes = best_seeds(runs, "top1")
+    assert broken == []
     assert two in chosen and one not in chosen and len(chosen) == 2
     assert notes == ["of tiny, seed 1 stands for 2 seeds: the best of them on val"]
     assert read_json(one.metrics_file("val"))["top1"] == 0.25
@@ -117,7 +117,6 @@ def test_a_table_of_something_else_is_refused(trained):
         ({"cost": "price"}, "--cost must be one of latency, size, memory. Got 'price'"),
         ({"percentile": "p90"}, "--percentile must be one of p50, p95, p99. Got 'p90'"),
         ({"margin": -1}, "the margin must be 0 or more"),
-        ({"metric": "sensitivity"}, "sensitivity is not defined: of 3 classes none is said to be healthy"),
         ({"max_latency_ms": -5}, "the most latency must be a number of ms above 0. Got -5"),
         ({"threads": 0}, "threads must be 1 to"),
     ],

@@ -85,13 +85,13 @@ def test_where_the_newer_exporter_gives_another_function_the_older_is_taken(tmp_
 
     monkeypatch.setattr(graph, "_EXPORTERS", ((newer[0], wrong, newer[2]), older))
     facts, _ = write_onnx(Small(), 16, tmp_path / "model.onnx")
-    assert facts["name"] == "torch.onnx TorchScript" and "its logits differ by" in facts["fallback"]
+    assert facts["name"] == "torch.onnx TorchScript" and "its logits differ" in facts["fallback"]
 
 
 def test_a_network_that_no_exporter_can_write_is_an_error_of_one_line(tmp_path):
     class Odd(torch.nn.Module):
         def forward(self, images):
-            return torch.from_numpy(np.fft.rfft(images.detach().numpy()).real.astype(np.float32))[:, :, 0, 0]
+            return images.new_tensor(images.detach().tolist())[:, :, 0, 0]
 
     with pytest.raises(ZooError, match="cannot be written as ONNX") as refused:
         write_onnx(Odd(), 16, tmp_path / "model.onnx")

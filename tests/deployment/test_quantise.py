@@ -76,7 +76,7 @@ def test_every_variant_passes_keeps_its_map_and_predicts(trained, run, form, pre
         assert bundle.size_bytes < 0.7 * plain.size_bytes
     file = next(load_dataset("tiny", trained).root.rglob("*.png"))
     assert Predictor.load(bundle).predict([file])[0].error is None
-    assert sys.modules["openvino_telemetry"] is None or form == "onnx"
+    assert sys.modules.get("openvino_telemetry") is None
 
 
 @pytest.mark.slow
@@ -100,7 +100,11 @@ def test_a_bad_quantisation_fails_with_numbers_and_leaves_nothing(trained, run, 
         for tensor in proto.graph.initializer:
             if "scale" in tensor.name.lower():
                 values = onnx.numpy_helper.to_array(tensor)
-                tensor.CopyFrom(onnx.numpy_helper.from_array(values[..., ::-1] * 40, tensor.name))
+                tensor.CopyFrom(
+                    onnx.numpy_helper.from_array(
+                        np.asarray(values.reshape(-1)[::-1].reshape(values.shape) * 40, values.dtype), tensor.name
+                    )
+                )
         file.write_bytes(proto.SerializeToString())
         return facts
 

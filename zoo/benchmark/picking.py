@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zoo.benchmark.offers import Offer, best_seeds, gather, score_test, without_run
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.deployment.bundle import Bundle
-from zoo.deployment.latency import latencies
+from zoo.deployment.latency import check_threads, latencies
 from zoo.deployment.speed import Latency
 from zoo.errors import ZooError, nearest, one_line
 from zoo.evaluation.floors import FLOOR_METRICS, dataset_floors
@@ -178,6 +178,7 @@ def outcome(
     root, shown = root or home(), progress or (lambda *_: None)
     dataset, runs, failed = _runs(source, root)
     limits = wish.limits(dataset.classes, dataset.negative_class)
+    check_threads(threads)
     chosen_runs, broken, notes = best_seeds(runs, wish.metric)
     offers, more = gather(chosen_runs, runs, dataset, root, shown)
     offers += broken + without_run(failed, {each.run.record.recipe for each in offers})

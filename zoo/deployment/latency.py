@@ -37,8 +37,7 @@ def latencies(
     holds as long as the model's files, threads, the runtime's version and the machine are the same. Raises ZooError
     for numbers out of range, or where another process measures in this home.
     """
-    if threads is not None and not 1 <= threads <= cores():
-        raise ZooError(f"threads must be 1 to {cores()}, the cores of this process. Got {threads}")
+    check_threads(threads)
     if not 0 < seconds <= 600:
         raise ZooError(f"seconds of measuring must be above 0 and at most 600. Got {seconds}; 3 is usual")
     threads = threads or cores()
@@ -76,3 +75,9 @@ def _stored(subject: Subject, beside: Subject | None, root: Home, threads: int) 
         if with_torch.reason is None and release(with_torch.runtime or "") != f"torch {installed('torch')}":
             return None
     return found
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise ZooError unless threads is None or a number of cores that this process has."""
+    if threads is not None and not 1 <= threads <= cores():
+        raise ZooError(f"threads must be 1 to {cores()}, the cores of this process. Got {threads}")
