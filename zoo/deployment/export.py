@@ -16,10 +16,8 @@ import numpy as np
 from PIL import Image
 
 from zoo.data.cache import Pixels, open_pixels
-from zoo.data.decode import decode, resize
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.data.transforms import center_crop, normalise
-from zoo.data.window import windowing_of
 from zoo.deployment.bundle import (
     CARD,
     FORMATS,
@@ -44,6 +42,7 @@ from zoo.deployment.parity import (
     judge,
     reference_predictions,
 )
+from zoo.deployment.predictor import prepare
 from zoo.deployment.quantise import Calibration, half_onnx, int8_onnx, int8_openvino
 from zoo.deployment.rules import fit_rules
 from zoo.deployment.runtime import Session
@@ -307,9 +306,7 @@ def _record(job: _Job, folder: Path, exporter: dict[str, Any], mapped: bool) -> 
 
 
 def _pixels(data: bytes, preprocessing: Preprocessing) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    decoded = decode(data, windowing_of(preprocessing))
-    resized = resize(decoded, preprocessing.resize_size, preprocessing.interpolation)
-    return center_crop(resized, preprocessing.image_size)
+    return center_crop(prepare(data, preprocessing), preprocessing.image_size)
 
 
 def scores(predictions: Predictions, record: RunRecord) -> dict[str, Any]:

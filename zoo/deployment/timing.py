@@ -19,7 +19,6 @@ import numpy as np
 
 from zoo.errors import ZooError, one_line
 
-VIEWS = {"none": 1, "flip": 2, "crops": 5, "flip-crops": 10}  # images that the network sees for one answer
 Answer = Callable[[np.ndarray[Any, np.dtype[np.uint8]]], Any]
 
 
@@ -68,21 +67,18 @@ def _timed(call: Callable[[], Any]) -> float:
 
 def _opened(order: dict[str, Any]) -> tuple[Answer, np.ndarray[Any, Any], Callable[[], Any], dict[str, Any]]:
     """Return how images (B, S, S, 3) uint8 are answered, one such image, how a file becomes one, and what is known."""
-    from zoo.data.decode import decode, resize
     from zoo.data.transforms import center_crop
-    from zoo.data.window import windowing_of
+    from zoo.data.views import VIEWS
+    from zoo.deployment.predictor import prepare
 
     open_it = _open_bundle if order["kind"] == "bundle" else _open_run
     empty_mib, begin = peak_mib(), time.perf_counter()
     answer, preprocessing, tta, sample, facts = open_it(Path(order["path"]), Path(order["home"]), order["threads"])
-    facts |= {"open_s": time.perf_counter() - begin, "views": VIEWS[tta], "empty_mib": empty_mib}
+    facts |= {"open_s": time.perf_counter() - begin, "views": (views := len(VIEWS[tta])), "empty_mib": empty_mib}
 
     def read() -> np.ndarray[Any, np.dtype[np.uint8]]:
-        decoded = decode(sample, windowing_of(preprocessing))
-        resized = resize(decoded, preprocessing.resize_size, preprocessing.interpolation)
-        return center_crop(resized, preprocessing.image_size)
+        return center_crop(prepare(sample, preprocessing), preprocessing.image_size)
 
-    views = VIEWS[tta]
     if views == 1:
         return answer, read(), read, facts
     return lambda images: answer(np.repeat(images, views, axis=0)), read(), read, facts
