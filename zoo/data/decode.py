@@ -122,15 +122,17 @@ def decode(data: bytes, windowing: Windowing = PLAIN, *, max_pixels: int = MAX_P
 
 
 def read_header(data: bytes) -> Header:
-    """Return what a file's header says, without decoding pixels; raises BadImage where it cannot be read.
+    """Return what a file's header says; raises BadImage where it cannot be read, or names more than MAX_PIXELS pixels.
 
-    opaque is False where there is an alpha channel or a transparent colour, whatever stands in it.
+    No pixels are decoded, but a PNG's, behind which its orientation may stand. opaque is False where there is an alpha
+    channel or a transparent colour, whatever stands in it.
     """
     reader = _reader(data)
     if reader is None:
         return Header("DICOM", "DICOM", 0, 0, False, 1, True)
     try:
         with _quiet_pillow(), reader(io.BytesIO(data)) as image:
+            _check_size(*image.size, MAX_PIXELS)
             animated = bool(getattr(image, "is_animated", False))
             if animated and not isinstance(image, GifImagePlugin.GifImageFile):
                 animated = image.format != "TIFF" or _pages(image) > 1
@@ -142,6 +144,8 @@ def read_header(data: bytes) -> Header:
                 _orientation(image),
                 not image.has_transparency_data,
             )
+    except BadImage:
+        raise
     except Exception as error:
         raise BadImage(_reason(error)) from error
 
@@ -225,10 +229,7 @@ def pixel_sha256(pixels: Pixels) -> str:
 def _check_header(image: ImageFile.ImageFile, data: bytes, max_pixels: int, windowing: Windowing) -> None:
     """Raise BadImage for what would cost too much memory or time, before any pixel is decoded."""
     width, height = image.size
-    if width < 1 or height < 1:
-        raise BadImage(f"unreadable: {width} x {height} pixels")
-    if width * height > max_pixels:
-        raise BadImage(f"too large: {width} x {height} pixels, more than {max_pixels}")
+    _check_size(width, height, max_pixels)
     if image.mode == "F" and not windowing.windows:
         raise BadImage("floating-point pixels; name a window, or save it with 8 or 16 bits")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -240,6 +241,13 @@ def _check_header(image: ImageFile.ImageFile, data: bytes, max_pixels: int, wind
         scans = data.count(b"\xff\xda")
         if scans > 16 and scans * width * height > 16 * max_pixels:
             raise BadImage(f"too large: {scans} scans of {width} x {height} pixels")
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise BadImage(f"unreadable: {width} x {height} pixels")
+    if width * height > max_pixels:
+        raise BadImage(f"too large: {width} x {height} pixels, more than {max_pixels}")
 
 
 def _to_rgb(image: Image.Image, windowing: Windowing) -> Pixels:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.data.apart import ChildFault, answer_with, ask, is_child
 from zoo.data.window import Windowing
 
 # Group 0002 or 0008 at the start, explicit or implicit, little or big endian: files without preamble.
@@ -52,6 +53,7 @@ _KEPT = (
     ),
     *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
 )
+_BYTES_A_PIXEL = 32  # colours of 16 bits, and copies
 _MADE_BY_ZOO = "zoo: allow-list of pixel attributes"
 
 
@@ -106,9 +108,11 @@ def dicom_pixels(data: bytes, windowing: Windowing, max_pixels: int) -> np.ndarr
         dataset = _read(data)
         _check_header(dataset, max_pixels)
         try:
-            return _pixels(dataset, windowing)
+            return _pixels(dataset, _stored(dataset, data, max_pixels), windowing)
         except DicomFault:
             raise
+        except ChildFault as fault:
+            raise DicomFault(_why_undecodable(dataset, str(fault))) from None
         except Exception as error:  # a dozen kinds, whose words may hold values of the header
             raise DicomFault(_why_undecodable(dataset, type(error).__name__)) from None
 
@@ -303,10 +307,31 @@ def _check_decoder(dataset: Any) -> None:
         raise DicomFault(f"cannot decode the DICOM transfer syntax {name}; install zoo[dicom]")
 
 
-def _pixels(dataset: Any, windowing: Windowing) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    from pydicom.pixels import apply_color_lut, pixel_array
+def _stored(dataset: Any, data: bytes, max_pixels: int) -> np.ndarray[Any, Any]:
+    """Return the pixels as they are stored; compressed ones from a child, for GDCM ends the process on damaged ones."""
+    from pydicom.pixels import pixel_array
 
-    stored = pixel_array(dataset)
+    if dataset.file_meta.TransferSyntaxUID.is_compressed and not is_child():
+        return ask(__name__, data, max_pixels * _BYTES_A_PIXEL)
+    found: np.ndarray[Any, Any] = pixel_array(dataset)
+    return found
+
+
+def work(most_bytes: int) -> None:
+    """In a child: decode the DICOMs that `ask` sends."""
+    import pydicom.pixels
+
+    def decoded(data: bytes) -> np.ndarray[Any, Any]:
+        found: np.ndarray[Any, Any] = pydicom.pixels.pixel_array(_read(data))
+        return found
+
+    with _quiet():
+        answer_with(decoded, most_bytes)
+
+
+def _pixels(dataset: Any, stored: np.ndarray[Any, Any], windowing: Windowing) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    from pydicom.pixels import apply_color_lut
+
     bits = int(dataset.get("BitsStored") or dataset.BitsAllocated)
     if stored.ndim == 3 and stored.shape[2] == 3:
         return _to_8_bits(stored, bits)

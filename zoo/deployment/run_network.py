@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,12 @@ class RunNetwork:
         self.model, self.preprocessing, self.precision = model, preprocessing, precision
         self.device = next(model.parameters()).device
 
-    def __call__(self, batch: Pixels) -> tuple[Floats, None]:
-        """Return the logits of uint8 images (B, S, S, 3)."""
+    def __call__(self, images: Pixels | Sequence[Pixels]) -> tuple[Floats, None]:
+        """Return the logits of uint8 images (S, S, 3)."""
+        batch = torch.from_numpy(np.stack(list(images))).to(self.device)
         with torch.inference_mode(), self.precision.autocast(self.device):
-            images = normalise_tensor(torch.from_numpy(batch).to(self.device), self.preprocessing)
-            logits: torch.Tensor = self.model(self.precision.place(images)).float().cpu()
+            values = normalise_tensor(batch, self.preprocessing)
+            logits: torch.Tensor = self.model(self.precision.place(values)).float().cpu()
         return logits.numpy(), None
 
     def explain(self, batch: Pixels) -> Pixels:

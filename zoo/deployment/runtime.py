@@ -40,8 +40,8 @@ class Session:
     def __call__(self, images: Floats) -> tuple[Floats, Floats | None]:
         """Return logits (B, C) and class maps (B, C, h, w), None where the network gives none, both float32."""
         found = dict(zip(self.outputs, self._run(images), strict=True))
-        maps = found.get(MAP)
-        return found[LOGITS].astype(np.float32, copy=False), None if maps is None else maps.astype(np.float32)
+        logits, maps = found[LOGITS].astype(np.float32, copy=False), found.get(MAP)
+        return logits, None if maps is None else maps.astype(np.float32, copy=False)
 
 
 def cores() -> int:

@@ -64,7 +64,7 @@ def test_a_big_image_waits_for_a_decoder_of_its_own(decoder):
 
 def test_a_decoder_is_bounded(decoder, picture):
     decoder.prepare(picture(), PLAIN)
-    lines = Path(f"/proc/{decoder._process.pid}/limits").read_text().splitlines()
+    lines = Path(f"/proc/{decoder.child._process.pid}/limits").read_text().splitlines()
     limits = {line[:26].strip(): line[26:].split()[0] for line in lines[1:]}
     assert limits["Max core file size"] == "0" and limits["Max file size"] == "0"
     assert int(limits["Max address space"]) < 4 << 30
@@ -74,16 +74,16 @@ def test_a_decoder_that_dies_or_hangs_is_replaced(picture):
     decoder = Decoder(max_pixels=1_000_000, seconds=60)
     try:
         decoder.prepare(picture(), PLAIN)
-        process = decoder._process.pid
+        process = decoder.child._process.pid
         os.kill(process, signal.SIGSTOP)
         decoder.seconds = 1
         with pytest.raises(Refused, match="it takes too long to decode"):
             decoder.prepare(picture(), PLAIN)
-        assert decoder._process is None
+        assert decoder.child._process is None
         decoder.seconds = 60
         assert decoder.prepare(picture(), PLAIN).shape == (36, 39, 3)
-        os.kill(decoder._process.pid, signal.SIGSTOP)
-        killer = threading.Timer(0.5, os.kill, (decoder._process.pid, signal.SIGKILL))
+        os.kill(decoder.child._process.pid, signal.SIGSTOP)
+        killer = threading.Timer(0.5, os.kill, (decoder.child._process.pid, signal.SIGKILL))
         killer.start()
         with pytest.raises(Refused, match="unreadable: its decoder gave up"):
             decoder.prepare(picture(), PLAIN)
@@ -95,11 +95,11 @@ def test_a_decoder_that_dies_or_hangs_is_replaced(picture):
 
 def test_signals_to_the_group_do_not_end_a_decoder(decoder, picture):
     decoder.prepare(picture(), PLAIN)
-    process = decoder._process.pid
+    process = decoder.child._process.pid
     for each in (signal.SIGINT, signal.SIGTERM):
         os.kill(process, each)
     decoder.prepare(picture(), PLAIN)
-    assert decoder._process.pid == process
+    assert decoder.child._process.pid == process
 
 
 def test_decoders_end_with_their_server(start, bundle_folder, picture):
