@@ -216,7 +216,8 @@ def test_limits_fit_each_other():
 
 @given(st.floats(-10, 1e6))
 def test_retry_after_is_a_minute_at_the_most(seconds):
-    assert 1 <= int(busy(seconds).headers["Retry-After"]) <= 60
+    # Whoever comes back in time finds the connection still open.
+    assert 1 <= int(busy(seconds).headers["Retry-After"]) <= 60 < Limits().idle_s
 
 
 def test_media_types_are_read_without_parameters():

@@ -13,6 +13,7 @@ _TAKEN = frozenset({"PNG", "JPEG", "WEBP", "TIFF", "BMP", "DICOM"})
 TAKEN = "PNG, JPEG, WebP, TIFF, BMP, DICOM"
 _TYPES = re.compile(r"image/(png|jpeg|jpg|webp|tiff|bmp|x-ms-bmp)|application/(dicom|octet-stream)")
 HEAVY_PIXELS = 8_000_000
+LONGEST_WAIT_S = 60  # that a client is asked for: its connection is kept for longer
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Limits:
     held_bytes: of all bodies in memory at one time. queue_images: accepted and not answered yet. batch_images: computed
     together. decode_s: of one image. deadline_s: from a read body to its answer. header_s: for a request's head.
     body_s, bytes_per_s, body_longest_s: a body has `body_s` seconds and one more per `bytes_per_s` bytes that came,
-    `body_longest_s` at most. idle_s: between requests. write_s: for a client that does not read its answer. grace_s:
-    at the end, for what is in flight.
+    `body_longest_s` at most. idle_s: between requests, longer than any Retry-After. write_s: for a client that does not
+    read its answer. grace_s: at the end, for what is in flight.
     """
 
     body_bytes: int = 32 << 20
@@ -39,7 +40,7 @@ class Limits:
     body_s: float = 10.0
     bytes_per_s: int = 16 << 10
     body_longest_s: float = 120.0
-    idle_s: float = 15.0
+    idle_s: float = LONGEST_WAIT_S + 15.0
     write_s: float = 20.0
     grace_s: float = 20.0
 
@@ -62,8 +63,8 @@ class ClientGone(Exception):
 
 
 def busy(seconds: float = 1.0, reason: str = "busy; try again") -> Refused:
-    """Return 503 with Retry-After, whole seconds from 1 to 60."""
-    return Refused(503, reason, {"Retry-After": str(min(60, max(1, round(seconds + 0.5))))})
+    """Return 503 with Retry-After, whole seconds from 1 to LONGEST_WAIT_S."""
+    return Refused(503, reason, {"Retry-After": str(min(LONGEST_WAIT_S, max(1, round(seconds + 0.5))))})
 
 
 def content_type_of(value: str | None) -> str:
