@@ -4,9 +4,10 @@ Prints a table and, as its last line, one JSON object. `zoo serve` itself is sta
 named, else one of each of `--models`, exported from a short training run on made-up pictures. JPEGs of 512 x 512 pixels
 are posted over loopback by `--busy` connections, each of which asks anew as soon as it is answered, so that the server
 is saturated; in turns with that, in a process of its own and on the same cores, the same predictor answers the same
-bytes: decode, batch, compute, answer, at the best of some batch sizes. `ratio` is the median rate of the server over
-the median rate of the predictor, `cpu_ratio` the same of the seconds that each had a core for an image, which a busy
-machine changes less. The clients share the server's cores: `client_cores` is what they took.
+bytes: decode, batch, compute, answer, at the best of some batch sizes, one image after the other and as `zoo predict`
+does it, with threads that decode (`stream`). `ratio` is the median rate of the server over the median rate of the
+predictor, `cpu_ratio` the same of the seconds that each had a core for an image, which a busy machine changes less. The
+clients share the server's cores: `client_cores` is what they took.
 
 Then `--clients` connections ask for `--seconds`; each waits as long as a 503's Retry-After says. `statuses` counts the
 answers, `bad` those that are neither 200, 4xx, nor 503 with Retry-After, and connections that broke.
@@ -29,6 +30,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ sys.path = [each for each in sys.path if Path(each).resolve() != HERE]
 MODELS = ("resnet18", "mobilenetv3_small_100")
 SIDE = 512
 BATCHES = (1, 4, 8)
+STREAMED = (8, 32)
 IMAGES = 16
 
 
@@ -94,25 +97,31 @@ def make_bundle(model: str, folder: Path) -> str:
 
 def alone(task: dict[str, Any]) -> dict[str, list[float]]:
     """Return images per second of the predictor, and its milliseconds of a core for each, by batch size."""
+    from zoo.deployment.images import Encoded
     from zoo.deployment.predictor import Predictor
 
     predictor = Predictor.load(task["bundle"])
-    images = photos(IMAGES)
+    images = [Encoded(str(number), data) for number, data in enumerate(photos(IMAGES) * (2 * max(STREAMED) // IMAGES))]
+
+    def one_by_one(batch: int) -> int:
+        chosen = [predictor.prepare(each.data) for each in images[:batch]]
+        predictor.answers(predictor.logits(chosen)[0])
+        return batch
+
+    def streamed(batch: int) -> int:
+        return sum(each.error is None for each in predictor.stream(images, batch))
+
+    calls: dict[str, Callable[[], int]] = {str(batch): partial(one_by_one, batch) for batch in BATCHES}
+    calls |= {f"stream {batch}": partial(streamed, batch) for batch in STREAMED}
     rates = {}
-    for batch in BATCHES:
-        done, started, cpu, end = 0, 0.0, 0.0, 0.0
-        for turn in range(1 << 30):
-            if turn == 2:  # the first two warm up
-                done, started, cpu = 0, time.perf_counter(), time.process_time()
-                end = started + task["seconds"] / len(BATCHES)
-            chosen = [images[(done + each) % IMAGES] for each in range(batch)]
-            logits, _maps = predictor.logits([predictor.prepare(each) for each in chosen])
-            predictor.answers(logits)
-            done += batch
-            if turn >= 2 and time.perf_counter() > end:
-                break
+    for name, call in calls.items():
+        for _turn in range(2):
+            call()  # warms up
+        done, started, cpu = 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() < started + task["seconds"] / len(calls):
+            done += call()
         rate = done / (time.perf_counter() - started)
-        rates[str(batch)] = [rate, (time.process_time() - cpu) / done * 1000]
+        rates[name] = [rate, (time.process_time() - cpu) / done * 1000]
     return rates
 
 
@@ -279,7 +288,7 @@ def measure(model: str, bundle: str, chosen: argparse.Namespace) -> dict[str, An
         **{key: value for key, value in middle.items() if key != "statuses"},
         "statuses": dict(sum((Counter(each["statuses"]) for each in busy), Counter())),
         "predictor_images_per_s": mine,
-        "predictor_batch": int(best),
+        "predictor_batch": best,
         "predictor_cpu_ms": mine_cpu,
         "predictor_images_per_s_by_batch": {batch: rate for batch, (rate, _) in by_batch.items()},
         "ratio": middle["images_per_s"] / mine,
