@@ -43,10 +43,15 @@ def test_the_shorter_side_before_the_crop_is_timm_s(size, crop, expected):
     assert Preprocessing(image_size=size, crop_pct=crop, **kept).resize_size == expected
 
 
-def test_a_record_comes_back(root):
+def test_a_record_comes_back(root, monkeypatch):
     run = make_run(root)
     assert run.record == RECORD and run.finished
     assert find_run(run.name, root) == find_run(str(run.path), root) == run
+    monkeypatch.chdir(run.path)
+    assert find_run(".", root).name == run.name
+    (run.path / "exports").mkdir()
+    monkeypatch.chdir(run.path / "exports")
+    assert find_run("..", root).name == run.name
     assert run.name == run_name("digits", "cnn", 0, "0123456789")
     assert json.loads((run.path / "run.json").read_text())["schema_version"] == 1
 

@@ -192,7 +192,7 @@ def find_run(name: str, root: Home | None = None) -> Run:
     for path in (root.runs / name, user_path(name)):
         with suppress(OSError):  # a name that is too long
             if (path / "run.json").is_file():
-                return Run(path)
+                return Run(path if path.name not in ("", "..") else path.resolve())
     known = [run.name for run in list_runs(root)]
     hint = nearest(name, known) or "; train one with `zoo train`"
     raise ZooError(f"there is no run {one_line(name)!r}{hint} `zoo list runs` shows all {len(known)}")

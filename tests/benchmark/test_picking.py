@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import pytest
 
 import zoo
 from zoo.benchmark.comparisons import compare
 from zoo.benchmark.offers import best_seeds
 from zoo.benchmark.picking import Wish, outcome, pick
+from zoo.data.manifest import load_dataset
 from zoo.deployment.bundle import list_bundles, open_bundle
 from zoo.deployment.export import export
 from zoo.errors import ZooError
@@ -13,6 +17,7 @@ from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import read_predictions
 from zoo.files import read_json, write_json
 from zoo.runs import list_runs
+from zoo.training.scoring import predictions_of
 
 
 def looks(root):
@@ -85,11 +90,37 @@ def test_of_each_recipe_the_seed_that_is_best_on_val_stands_for_it(trained):
     one, two = (run for run in runs if "--tiny--s" in run.name)
     for run, value in ((one, 0.25), (two, 0.75)):
         write_json(run.metrics_file("val"), {**run.metrics("val"), "top1": value})
-    chosen, broken, notes = best_seeds(runs, "top1")
+    chosen, broken, notes = best_seeds(runs, "top1", load_dataset("tiny", trained))
     assert broken == []
     assert two in chosen and one not in chosen and len(chosen) == 2
     assert notes == ["of tiny, seed 1 stands for 2 seeds: the best of them on val"]
     assert read_json(one.metrics_file("val"))["top1"] == 0.25
+
+
+def test_seeds_are_compared_by_the_class_that_is_healthy_now(trained):
+    runs = [run for run in list_runs(trained) if "--tiny--s" in run.name]
+    dataset = load_dataset("tiny", trained)
+    for negative in dataset.classes:
+        said = {}
+        for run in runs:
+            found = compute_metrics(predictions_of(run, "val"), dataset.classes, negative)
+            said[run.name] = (-found["specificity"], run.record.seed)
+        chosen, _, _ = best_seeds(runs, "specificity", replace(dataset, negative_class=negative))
+        assert [run.name for run in chosen] == [min(said, key=said.__getitem__)]
+
+
+@pytest.mark.slow
+def test_what_is_chosen_is_told_though_test_cannot_be_scored(bundled):
+    [name] = list_bundles(bundled)
+    bundle = open_bundle(name, bundled)
+    run = next(each for each in list_runs(bundled) if each.name == bundle.record.run)
+    run.predictions_file("test").unlink()
+    dataset = load_dataset("tiny", bundled)
+    dataset.image_path(dataset.of_split("test")["path"][0]).unlink()
+    before = looks(bundled)
+    found = outcome([run], Wish(), bundled)
+    assert found.pick is not None and found.document["test"] is None and looks(bundled) == before
+    assert any("test could not be scored" in note for note in found.document["notes"])
 
 
 def test_runs_of_another_split_are_refused(trained):

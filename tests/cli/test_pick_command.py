@@ -55,6 +55,10 @@ def test_pick_prints_a_table_a_reason_and_json(command, trained, tmp_path, monke
     table = out[: out.index("chosen: ")].splitlines()[1:]
     assert max(map(len, table)) <= 80
 
+    code, out, err = command(*words, "--figure", str(tmp_path))  # a folder
+    assert code == 1 and "chosen: " in out and "figure: " not in out
+    assert err.startswith("error: cannot write") and err.count("\n") == 1
+
     code, out, err = command("pick", "--data", "tiny", "--max-size-mb", "0.000001", "--json")
     assert code == 1 and err.startswith("error: nothing fits: 0 of 2 candidates keep size at most 1e-06 MB; nearest: ")
     missed = json.loads(out)

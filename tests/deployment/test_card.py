@@ -10,7 +10,8 @@ import pytest
 
 from zoo.deployment.bundle import BundleRecord
 from zoo.deployment.card import MISSING, card_text, plain
-from zoo.deployment.facts import CardFacts
+from zoo.deployment.facts import CardFacts, _licence
+from zoo.runs import list_runs
 
 CLASSES = ["benign", "malignant", "normal"]
 VAL = {
@@ -259,3 +260,12 @@ def test_foreign_names_and_texts_are_no_markup() -> None:
 def test_an_escaped_text_keeps_its_words() -> None:
     assert plain("T_1 & _50_ %") == "T_1 \\& \\_50\\_ %"
     assert len(plain("x" * 10_000)) <= 500
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("scratch", "none needed: trained from scratch"), ("pretrained", "Apache-2.0"), ("file", ""), ("run", "")],
+)
+def test_the_registrys_licence_is_of_the_weights_that_it_names(trained, source: str, said: str) -> None:
+    record = list_runs(trained)[0].record.model_copy(update={"model": "resnet18", "weights": {"from": source}})
+    assert _licence(record) == said

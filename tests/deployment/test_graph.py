@@ -109,3 +109,36 @@ def test_maxvit_is_exported_though_the_newer_exporter_may_not_know_it(tmp_path):
         expected = model(images).numpy()
     logits, _ = Session(tmp_path / "model.onnx", "onnx")(images.numpy())
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+class Scaled(torch.nn.Module):
+    """A network of a user's own, which does more with its parts than one after the other."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.inner, self.scale = network("resnet18", 64), scale
+        self.num_features = self.inner.num_features
+
+    def get_classifier(self):
+        return self.inner.get_classifier()
+
+    def forward_features(self, images):
+        return self.inner.forward_features(images)
+
+    def forward_head(self, values):
+        return self.inner.forward_head(values)
+
+    def forward(self, images):
+        return self.scale * self.forward_head(self.forward_features(images))
+
+
+def test_a_network_that_is_more_than_its_head_on_its_features_gives_no_map():
+    assert graph.pooled_classifier(network("resnet18", 64), 64) is not None
+    assert graph.pooled_classifier(Scaled(1), 64) is not None
+    assert graph.pooled_classifier(Scaled(2), 64) is None
+
+
+def test_a_network_whose_parts_are_called_otherwise_gives_no_map():
+    model = Scaled(1)
+    model.forward_features = lambda images, mask: images
+    assert graph.pooled_classifier(model, 64) is None

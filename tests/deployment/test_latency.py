@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -90,6 +91,24 @@ def test_a_bundle_that_was_changed_is_a_reason_and_nothing_is_kept(bundled, bund
     found = latencies([bundle], bundled, threads=1, seconds=0.05)[bundle.name]
     assert "model.onnx was changed" in found.reason and found.latency_p50_ms is None
     assert not (bundled.latency / f"{bundle.name}.json").exists()
+
+
+def test_a_bundle_is_measured_under_the_name_of_its_folder(bundled, bundle):
+    copy = bundled.bundles / "production"
+    shutil.copytree(bundle.path, copy)
+    both = [bundle, open_bundle("production", bundled)]
+    found = latencies(both, bundled, threads=1, seconds=0.05)
+    assert set(found) == {bundle.path.name, "production"} and all(each.latency_p50_ms for each in found.values())
+    assert {file.name for file in bundled.latency.iterdir()} == {f"{name}.json" for name in found}
+    again = latencies(both, bundled, threads=1, seconds=0.05)
+    assert again["production"].measured_at == found["production"].measured_at
+
+
+def test_a_home_that_cannot_be_written_is_an_error_of_one_line(bundled, bundle):
+    shutil.rmtree(bundled.locks, ignore_errors=True)
+    bundled.locks.write_text("a file")
+    with pytest.raises(ZooError, match="cannot write"):
+        latencies([bundle], bundled, threads=1)
 
 
 def test_two_do_not_measure_at_once(bundled, bundle):

@@ -128,6 +128,26 @@ def test_a_tie_of_the_reference_may_fall_either_way():
     assert found["ties"] == 40 and found["passed"] and found["top1_agreement"] == 1.0
 
 
+def test_a_flip_between_two_wrong_labels_costs_top1_nothing():
+    reference = np.eye(3)[np.zeros(300, int)]
+    reference[7] = (0, 1, 0)  # says b, and a is true
+    other = reference.copy()
+    other[7] = (0, 0, 1)
+    both = predictions(reference, np.zeros(300)), predictions(other, np.zeros(300))
+    found = judge(*both, "int8", classes=CLASSES)
+    assert found["flips"]["neutral"] == 1 and found["change_ci"] == [0, 0] and found["passed"]
+    assert found["unseen_flips"] is None
+    assert judge(*both, "int8", metric="macro_precision", margin=1.0, classes=CLASSES)["change_ci"] != [0, 0]
+
+
+def test_labels_that_do_not_differ_prove_nothing_of_a_metric_that_is_not_defined():
+    logits, y_true, _ = drawn(0, 60)
+    one = predictions(logits, y_true)
+    found = judge(one, one, "int8", metric="sensitivity", margin=1.0, classes=CLASSES)  # which class is healthy?
+    assert not found["passed"] and "sensitivity is not defined" in found["reason"]
+    assert judge(one, one, "int8", metric="sensitivity", classes=CLASSES, negative_class="b")["passed"]
+
+
 def test_a_metric_that_val_does_not_define_bounds_nothing():
     logits, _, _ = drawn(0, 20)
     one = predictions(logits, np.zeros(20))

@@ -11,13 +11,15 @@ from zoo.data.manifest import Dataset
 from zoo.deployment.bundle import Bundle, list_bundles, open_bundle, read_record
 from zoo.deployment.export import export, exports_folder, scores
 from zoo.deployment.parity import artefact_predictions
+from zoo.deployment.speed import subject_of
 from zoo.errors import Interrupted, ZooError, one_line
 from zoo.evaluation.ledger import record_look
 from zoo.evaluation.metrics import compute_metrics, score
 from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
 from zoo.evaluation.resampling import METRICS
-from zoo.files import Home, read_json, sha256_file, write_json
+from zoo.files import Home, read_json, write_json
 from zoo.runs import Run
+from zoo.training.scoring import predictions_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -39,28 +41,35 @@ class Offer:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def best_seeds(runs: Sequence[Run], metric: str) -> tuple[list[Run], list[Offer], list[str]]:
+def best_seeds(runs: Sequence[Run], metric: str, dataset: Dataset) -> tuple[list[Run], list[Offer], list[str]]:
     """Return for each recipe the run that is best on val among its seeds, and notes that say so.
 
     A run whose val metrics cannot be read offers nothing, with its reason.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
-    broken = []
+    broken, said = [], {}
     for run in runs:
         record = run.record
         try:
-            run.metrics("val")
+            said[run.name] = _val_metrics(run, dataset)
         except ZooError as error:
             broken.append(Offer(run.name, run, reason=one_line(error), facts=_facts_of_run(run)))
             continue
         groups.setdefault((record.recipe, record.recipe_digest), []).append(run)
     chosen, notes = [], []
     for (recipe, _), group in sorted(groups.items()):
-        best = min(group, key=lambda run: (-score(metric, run.metrics("val")), run.record.seed, run.name))
+        best = min(group, key=lambda run: (-score(metric, said[run.name]), run.record.seed, run.name))
         chosen.append(best)
         if len(group) > 1:
             notes.append(f"of {recipe}, seed {best.record.seed} stands for {len(group)} seeds: the best of them on val")
     return chosen, broken, notes
+
+
+def _val_metrics(run: Run, dataset: Dataset) -> dict[str, Any]:
+    """Return a run's metrics on val, anew where another class is healthy now than when it was trained."""
+    if run.record.negative_class == dataset.negative_class:
+        return run.metrics("val")
+    return compute_metrics(predictions_of(run, "val"), run.record.classes, dataset.negative_class)
 
 
 def without_run(failed: Sequence[Run], known: set[str]) -> list[Offer]:
@@ -146,7 +155,7 @@ def _offer(name: str, run: Run, dataset: Dataset, root: Home) -> Offer:
         if record.weights_sha256 != run.record.weights_sha256:
             raise ZooError("it is of other weights than the run has now; export it again")
         predictions = _val_predictions(bundle, run, dataset)
-        val = compute_metrics(predictions, run.record.classes, run.record.negative_class)
+        val = compute_metrics(predictions, run.record.classes, dataset.negative_class)
     except Interrupted:
         raise
     except ZooError as error:
@@ -162,7 +171,7 @@ def _val_predictions(bundle: Bundle, run: Run, dataset: Dataset) -> Predictions:
     """Return what the artefact says of val: as kept when it was exported, if it was this one, else asked again."""
     folder = exports_folder(run, bundle.record.format, bundle.record.precision)
     try:
-        if read_json(folder / "parity.json").get("model_sha256") == sha256_file(bundle.model_file):
+        if read_json(folder / "parity.json").get("digest") == subject_of(bundle).digest:
             return read_predictions(folder / "predictions-val.npz")
     except ZooError:
         pass  # no proof of this bundle is here
@@ -170,11 +179,18 @@ def _val_predictions(bundle: Bundle, run: Run, dataset: Dataset) -> Predictions:
 
 
 def _ask(
-    bundle: Bundle, run: Run, dataset: Dataset, split: str, progress: Callable[[int, int], None] | None = None
+    bundle: Bundle,
+    run: Run,
+    dataset: Dataset,
+    split: str,
+    progress: Callable[[int, int], None] | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> Predictions:
+    """Return what the artefact says of a split; `before` is called once its images can be read."""
     record = run.record
     assert record.preprocessing is not None
     pixels = open_pixels(dataset, split, record.preprocessing, record.bad_images)
+    before()
     return artefact_predictions(bundle, record.classes, pixels, progress)
 
 
@@ -191,17 +207,17 @@ def score_test(
     assert bundle is not None
     folder = exports_folder(run, bundle.record.format, bundle.record.precision)
     file, proof = folder / "predictions-test.npz", folder / "test.json"
-    digest = sha256_file(bundle.model_file)
+    digest = subject_of(bundle).digest
     predictions = _kept_test(file, proof, digest) or _of_the_run(offer)
     first = predictions is None
     if predictions is None:
-        record_look(root, run.record)
-        predictions = _ask(bundle, run, dataset, "test", progress)
+        predictions = _ask(bundle, run, dataset, "test", progress, lambda: record_look(root, run.record))
         write_predictions(file, predictions)
-        write_json(proof, {"bundle": bundle.name, "model_sha256": digest})
+        write_json(proof, {"bundle": bundle.name, "digest": digest})
     groups = int(predictions.group_codes.max()) + 1 if len(predictions.y_true) else 0
     counts = {"images": len(predictions.y_true), "groups": groups, "first_look": first}
-    return {**counts, **scores(predictions, run.record)}
+    record = run.record.model_copy(update={"negative_class": dataset.negative_class})
+    return {**counts, **scores(predictions, record)}
 
 
 def _of_the_run(offer: Offer) -> Predictions | None:
@@ -214,6 +230,6 @@ def _of_the_run(offer: Offer) -> Predictions | None:
 
 def _kept_test(file: Any, proof: Any, digest: str) -> Predictions | None:
     try:
-        return read_predictions(file) if read_json(proof).get("model_sha256") == digest else None
+        return read_predictions(file) if read_json(proof).get("digest") == digest else None
     except ZooError:
         return None

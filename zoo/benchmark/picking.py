@@ -13,7 +13,7 @@ from zoo.data.manifest import Dataset, load_dataset
 from zoo.deployment.bundle import Bundle
 from zoo.deployment.latency import check_threads, latencies
 from zoo.deployment.speed import Latency
-from zoo.errors import ZooError, nearest, one_line
+from zoo.errors import Interrupted, ZooError, nearest, one_line
 from zoo.evaluation.floors import FLOOR_METRICS, dataset_floors
 from zoo.evaluation.ledger import looks_at_test
 from zoo.evaluation.metrics import negative_index
@@ -179,7 +179,7 @@ def outcome(
     dataset, runs, failed = _runs(source, root)
     limits = wish.limits(dataset.classes, dataset.negative_class)
     check_threads(threads)
-    chosen_runs, broken, notes = best_seeds(runs, wish.metric)
+    chosen_runs, broken, notes = best_seeds(runs, wish.metric, dataset)
     offers, more = gather(chosen_runs, runs, dataset, root, shown)
     offers += broken + without_run(failed, {each.run.record.recipe for each in offers})
     ready = [each for each in offers if each.bundle is not None]
@@ -205,7 +205,12 @@ def outcome(
     if offer is None or offer.bundle is None:
         return Outcome(None, document, limits)
     if test:
-        document["test"] = score_test(offer, dataset, root, lambda done, of: shown("scoring test", done, of))
+        try:
+            document["test"] = score_test(offer, dataset, root, lambda done, of: shown("scoring test", done, of))
+        except Interrupted:
+            raise
+        except ZooError as error:  # the choice, made on val, stands
+            document["notes"].append(f"test could not be scored: {one_line(error)}")
     document["test_looks"] = looks_at_test(root, dataset.split_digest)
     return Outcome(Pick(offer.run, offer.bundle, document["reason"], document), document, limits)
 

@@ -64,11 +64,17 @@ def pick(
 
         found = outcome(data, wish, root, threads=threads, again=again, test=test, progress=progress)
     file = figure or root.picks / f"{found.document['dataset']}.png"
-    found.save_figure(file)
+    fault: ZooError | None = None
+    try:
+        found.save_figure(file)
+    except ZooError as error:  # the choice is told all the same
+        fault = error
     if json:
-        print_json({**found.document, "figure": str(file)})
+        print_json({**found.document, "figure": None if fault else str(file)})
     else:
-        _print(found, file)
+        _print(found, None if fault else file)
+    if fault is not None:
+        raise fault
     if found.pick is None:
         raise ZooError(found.failure() if json else found.document["reason"])
 
@@ -76,7 +82,7 @@ def pick(
 _HEADS = ("bundle", "val", "95% CI", "p50 ms", "p95 ms", "p99 ms", "images/s", "MB", "memory MB", "what of it")
 
 
-def _print(found: Outcome, file: Path) -> None:
+def _print(found: Outcome, file: Path | None) -> None:
     from zoo.cli.screen import console, print_table
     from zoo.reporting.picked import miss_words, short_name, words_of_test
 
@@ -109,7 +115,7 @@ def _print(found: Outcome, file: Path) -> None:
         said.append(f"run: {document['run']}")
         said.append(f"bundle: {document['bundle']}")
         said.append(f"next: zoo serve {document['bundle']}")
-    for text in (*said, f"figure: {file}"):
+    for text in (*said, *([f"figure: {file}"] if file else [])):
         out.print(text, markup=False, soft_wrap=text.startswith(("run: ", "bundle: ", "next: ", "figure: ")))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
@@ -152,11 +153,14 @@ def read_record(folder: Path) -> BundleRecord:
     if (folder / RECORD).stat().st_size > MAX_RECORD_BYTES:
         raise _refused(folder, f"{RECORD} is larger than {MAX_RECORD_BYTES >> 20} MiB")
     try:
-        return BundleRecord.model_validate(read_json(folder / RECORD))
+        record = BundleRecord.model_validate(read_json(folder / RECORD))
     except ValidationError as error:
         first = error.errors()[0]
         key = one_line(".".join(str(part) for part in first["loc"]), 80)
         raise _refused(folder, f"{RECORD} is damaged at {key!r}: {one_line(first['msg'])}") from error
+    if re.fullmatch(r"[^./\\][^/\\]{0,250}", record.name) is None or not record.name.isprintable():
+        raise _refused(folder, f"{RECORD} has a name that no folder may have")
+    return record
 
 
 def seal(folder: Path, record: BundleRecord) -> BundleRecord:

@@ -46,11 +46,12 @@ from zoo.deployment.predictor import prepare
 from zoo.deployment.quantise import Calibration, half_onnx, int8_onnx, int8_openvino
 from zoo.deployment.rules import fit_rules
 from zoo.deployment.runtime import Session
+from zoo.deployment.speed import subject_of
 from zoo.errors import ZooError, nearest, one_line
 from zoo.evaluation.metrics import compute_metrics, negative_index
 from zoo.evaluation.predictions import Predictions, write_predictions
 from zoo.evaluation.statistics import affordable_metrics, metric_intervals
-from zoo.files import Home, check_name, home, sha256_file, write_error, write_json
+from zoo.files import Home, check_name, home, write_error, write_json
 from zoo.runs import Preprocessing, Run, RunRecord, find_run
 from zoo.training.interruption import Interruption
 from zoo.training.precision import set_threads
@@ -118,8 +119,8 @@ def export(
     *,
     format: Format | None = None,  # noqa: A002
     precision: Precision | None = None,
-    margin: float = MARGIN,
-    metric: str = "top1",
+    margin: float | None = None,
+    metric: str | None = None,
     name: str | None = None,
     progress: Progress | None = None,
     on_note: Note | None = None,
@@ -129,7 +130,9 @@ def export(
     The gate asks network and bundle about every val image (`zoo.deployment.parity.judge`): float32 must give the same
     labels, other precisions may change `metric` by `margin` at the worse end of its paired interval. Test is never
     scored. The same run gives the same bytes; a bundle that is there already stays where they are the same, and is
-    replaced whole where not. name: of the bundle, else `<run>--<format>-<precision>`. progress: called with a step's
+    replaced whole where not. margin: 0.01, one point, and metric: top1, where left out; of a choice of `zoo.pick` whose
+    format and precision are left out, those that its bundle was judged by. name: of the bundle, else
+    `<run>--<format>-<precision>`. progress: called with a step's
     name, and what is done and in all. on_note: called with what is worth saying.
 
     Raises ZooError where the run did not finish, its dataset is gone or was split anew, an image is gone or changed,
@@ -137,14 +140,18 @@ def export(
     stays, and an older bundle of that name stays as it was.
     """
     root, say = root or home(), on_note or (lambda _: None)
-    own = _bundle_of(run)
+    own = _bundle_of(run) if format is None and precision is None else None
+    judged = own.record.parity if own else {}
     format = format or (own.record.format if own else "onnx")  # noqa: A001
     precision = precision or (own.record.precision if own else "float32")
+    margin = float(judged.get("margin", MARGIN)) if margin is None else margin
+    metric = metric or str(judged.get("metric", "top1"))
     _check_kind(format, precision)
     check_gate(metric, margin)
     run = find_run(run, root) if isinstance(run, str) else run if isinstance(run, Run) else run.run
     record = finished_record(run)
-    bundle_name = check_name(name, "bundle") if name is not None else f"{run.name}--{format}-{precision}"
+    usual = own.name if own else f"{run.name}--{format}-{precision}"
+    bundle_name = check_name(name, "bundle") if name is not None else usual
     dataset = _dataset(run, record, root)
     shown = progress or (lambda *_: None)
     job = _Job(run, record, root, dataset, format, precision, bundle_name, metric, margin, shown)
@@ -426,7 +433,7 @@ def _exchange(one: Path, two: Path) -> bool:
 
 
 def _write_proof(job: _Job, bundle: Bundle, verdict: dict[str, Any], predictions: Predictions) -> None:
-    """Keep beside the run what names samples: the artefact's logits on val, and the verdict with the model's digest."""
+    """Keep beside the run what names samples: the artefact's logits on val, and the verdict on files of a digest."""
     write_predictions(job.exports / "predictions-val.npz", predictions)
-    digest = sha256_file(bundle.model_file)
-    write_json(job.exports / "parity.json", {"bundle": job.name, "model_sha256": digest, **verdict})
+    digest = subject_of(bundle).digest
+    write_json(job.exports / "parity.json", {"bundle": job.name, "digest": digest, **verdict})

@@ -208,8 +208,11 @@ def _calibration(predictions: Predictions, rules: Rules) -> dict[str, Any]:
 
 
 def _licence(run: RunRecord) -> str:
-    if run.weights.get("from") in (None, "", "scratch"):
+    source = run.weights.get("from")
+    if source in (None, "", "scratch"):
         return "none needed: trained from scratch"
+    if source in ("file", "run"):  # the registry's is of the weights that it names
+        return ""
     try:
         return find_model(run.model).licence
     except ZooError:

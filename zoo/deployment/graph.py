@@ -163,8 +163,15 @@ def pooled_classifier(model: Any, image_size: int) -> nn.Linear | None:
         return None
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        values = model.forward_features(torch.randn(2, 3, image_size, image_size, generator=generator))
-        if not isinstance(values, torch.Tensor) or values.ndim != 4 or values.shape[1] != classifier.in_features:
+        images = torch.randn(2, 3, image_size, image_size, generator=generator)
+        try:  # a network of the user's own may call its parts otherwise
+            values = model.forward_features(images)
+            whole = _alike(model(images), model.forward_head(model.forward_features(images)))
+        except Exception:
+            return None
+        if not whole or not isinstance(values, torch.Tensor) or values.ndim != 4:
+            return None
+        if values.shape[1] != classifier.in_features:
             return None
         own = classifier.weight.detach().clone(), None if classifier.bias is None else classifier.bias.detach().clone()
         try:  # a fresh head is zero, which would prove nothing
@@ -199,7 +206,12 @@ def save_openvino(model: Any, folder: Path, half: bool = False) -> dict[str, Any
     for number, each in enumerate(model.get_ordered_ops()):
         if each.get_type_name() not in ("Parameter", "Result"):
             each.set_friendly_name(f"{each.get_type_name()}_{number}")  # numbered by the process, else
-    openvino.save_model(model, str(folder / MODEL_FILES["openvino"][0]), compress_to_fp16=half)
+    try:
+        openvino.save_model(model, str(folder / MODEL_FILES["openvino"][0]), compress_to_fp16=half)
+    except RuntimeError as error:  # a full disk among others, which it does not name
+        raise ZooError(
+            f"OpenVINO cannot write the network: {one_line(error, 160)}; free space on that disk, or take format onnx"
+        ) from error
     return {"openvino": version("openvino")}
 
 

@@ -115,7 +115,8 @@ def judge(
       `neutral` (neither).
     - `metric`, and of it `reference`, `artefact`, `change` (artefact less reference) and `change_ci` [low, high], the
       paired interval over groups of `zoo.evaluation.statistics.paired_comparisons`, [0, 0] for a metric of labels where
-      no label differs; `unseen_flips`: how many of new groups may hold a flip all the same (`unseen_flips`); `margin`.
+      no label differs (of top1: where the same images are right); `unseen_flips`: how many of new groups may hold a
+      flip all the same (`unseen_flips`); `margin`.
     - `passed`, and `reason`, a sentence where it did not. float32 passes where all labels agree and logits differ by
       FLOAT32_DIFFERENCE at most; another precision where the interval's worse end is no worse than the margin.
 
@@ -132,8 +133,8 @@ def judge(
     pair = paired_comparisons({"artefact": [artefact], "reference": [reference]}, metric, negative=negative)[0]
     values = {name: _value(each, metric, negative) for name, each in (("reference", reference), ("artefact", artefact))}
     ends = [pair.low, pair.high]
-    if not any(found["flips"].values()) and not found["ties"] and metric in OF_LABELS:
-        # The same labels give the same score whichever groups are drawn; what so few cannot show is told beside it.
+    if _same_score(reference, artefact, metric) and math.isfinite(pair.difference):
+        # The same score whichever groups are drawn; what so few cannot show is told beside it.
         ends = [0.0, 0.0]
     found["unseen_flips"] = unseen_flips(found["groups"]) if not any(found["flips"].values()) else None
     found |= {
@@ -145,6 +146,14 @@ def judge(
     }
     fault = _float32_fault(found) if precision == "float32" else _margin_fault(found)
     return {**found, "passed": fault is None, "reason": fault}
+
+
+def _same_score(reference: Predictions, artefact: Predictions, metric: str) -> bool:
+    """Return whether no drawing of groups can tell the two apart by a metric of labels."""
+    if metric == "top1":
+        y_true = reference.y_true
+        return bool(np.array_equal(reference.y_pred == y_true, artefact.y_pred == y_true))
+    return metric in OF_LABELS and bool(np.array_equal(reference.y_pred, artefact.y_pred))
 
 
 def unseen_flips(groups: int) -> float:

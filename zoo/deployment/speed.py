@@ -18,7 +18,7 @@ from zoo.files import digest_of
 from zoo.runs import Run
 from zoo.training.environment import processor
 
-METHOD = 1  # raised where figures of the same bundle would mean something else
+METHOD = 2  # raised where figures of the same bundle would mean something else
 WARM_UP = 5  # calls, before all rounds; each turn has one more
 
 
@@ -90,7 +90,7 @@ def subject_of(it: Bundle | Run) -> Subject:
     record = it.record
     files = {name: record.files[name] for name in MODEL_FILES[record.format]}
     digest = digest_of([files, record.preprocessing.identity, record.tta])
-    return Subject(it.name, record.run, "bundle", it.path, digest, files, it.size_bytes)
+    return Subject(it.path.name, record.run, "bundle", it.path, digest, files, it.size_bytes)
 
 
 def release(version: str) -> str:

@@ -81,7 +81,7 @@ def _opened(order: dict[str, Any]) -> tuple[Answer, np.ndarray[Any, Any], Callab
 
     if views == 1:
         return answer, read(), read, facts
-    return lambda images: answer(np.repeat(images, views, axis=0)), read(), read, facts
+    return lambda images: [answer(images) for _ in range(views)], read(), read, facts  # as `Predictor.logits` asks
 
 
 def _open_bundle(path: Path, _home: Path, threads: int) -> tuple[Answer, Any, str, bytes, dict[str, Any]]:

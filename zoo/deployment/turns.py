@@ -13,13 +13,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from zoo.deployment.speed import WARM_UP, Latency, Subject, environment, machine, memory_kib
 from zoo.errors import ZooError, one_line
-from zoo.files import Home
+from zoo.files import Home, write_error
 
 ROUNDS = 10
 BATCHES = (2, 4, 8, 16, 32, 64)
@@ -144,14 +145,16 @@ def _alone(root: Home) -> Iterator[None]:
     """Hold off other measuring in this home: two at once would measure each other."""
     from filelock import FileLock, Timeout
 
-    root.locks.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root.locks / "latency.lock", timeout=0)
     try:
+        root.locks.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise ZooError(
             "another process measures latencies in this home, and two at once would disturb each other; wait for it"
         ) from None
+    except OSError as error:
+        raise write_error(root.locks, error) from error
     try:
         yield
     finally:
@@ -162,11 +165,14 @@ def _start(subject: Subject, threads: int) -> _Process:
     """Start a process. Not by multiprocessing, which would import the caller's script, torch and all."""
     import socket
 
+    try:
+        log = tempfile.TemporaryFile()  # noqa: SIM115
+    except OSError as error:
+        raise write_error(Path(tempfile.gettempdir()), error) from error
     ours, theirs = socket.socketpair()
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     settings = {**os.environ, **dict.fromkeys(names, str(threads)), "NO_ALBUMENTATIONS_UPDATE": "1"}
     code = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from zoo.deployment.timing import serve; "
-    log = tempfile.TemporaryFile()  # noqa: SIM115
     try:
         child = subprocess.Popen(
             [sys.executable, "-P", "-c", f"{code}serve(int(sys.argv[1]))", str(theirs.fileno()), json.dumps(sys.path)],

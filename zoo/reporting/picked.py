@@ -9,8 +9,6 @@ from typing import Any
 from zoo.evaluation.statistics import Interval
 from zoo.reporting.pick import COSTS, Candidate, Change, Choice, Choosing, Limit
 
-FEW_CALLS = 20
-
 
 def short_name(name: str) -> str:
     """Return a bundle's name without dataset and digest.
@@ -38,7 +36,7 @@ def quantity(key: str, value: float) -> str:
 def limit_words(limit: Limit, bound: float | None = None) -> str:
     """Return a limit in words, with its own bound or another."""
     value = limit.bound if bound is None else bound
-    number = f"{value:g} {COSTS[limit.key]}" if limit.key in COSTS else f"{value:.3g}"
+    number = f"{value:g} {COSTS[limit.key]}" if limit.key in COSTS else f"{value:g}"
     return f"{limit.name} {limit.sense} {number}"
 
 
