@@ -51,9 +51,7 @@ class Decoder:
         self._ended = True
         self.child.kill()
 
-    def prepare(
-        self, data: bytes, preprocessing: Preprocessing, heavy: bool = False
-    ) -> tuple[Pixels, tuple[int, int]]:
+    def prepare(self, data: bytes, preprocessing: Preprocessing, heavy: bool = False) -> tuple[Pixels, tuple[int, int]]:
         """Return an image's pixels, resized: uint8 (H, W, 3); and the sides that its header gives, in either order.
 
         Raises Refused 413, 415 or 422 for what is no image to be taken, and for one that kills the decoder or keeps
