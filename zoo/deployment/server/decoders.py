@@ -47,7 +47,7 @@ class Decoder:
         self.child.stop()
 
     def kill(self) -> None:
-        """Have the process die, now and whenever it is started; called from any thread, and `stop` is then still due."""
+        """Have the process die, now and whenever it is started; for any thread, and `stop` is then still due."""
         self._ended = True
         self.child.kill()
 

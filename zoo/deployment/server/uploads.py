@@ -52,7 +52,7 @@ def _boundary(content_type: str) -> bytes:
 
 
 def _check_delimiters(body: bytearray, boundary: bytes, most: int) -> None:
-    """Refuse what the parser would go over byte by byte in Python: very many delimiters, and long padding behind one."""
+    """Refuse what the parser would go over byte by byte: very many delimiters, and long padding behind one."""
     delimiter, place = b"\r\n--" + boundary, 0
     for _ in range(most + _OTHER_FIELDS + 2):
         place = body.find(delimiter, place)

@@ -249,7 +249,7 @@ function show(entry) {
 
 /** Warn where the chosen model is medical, or the one that gave the answer. */
 function showDevice() {
-  $("device").hidden = !(state.facts?.medical || state.current?.facts?.medical);
+  $("device").hidden = !(state.facts?.medical || state.current?.medical);
 }
 
 // ---- one image after the other ----
@@ -262,7 +262,7 @@ function kindOf(file) {
 }
 
 async function newEntry(file) {
-  const entry = { file, ...kindOf(file), serial: (state.serial += 1), name: file.name, address: null, thumbnail: null, width: 0, height: 0, prediction: null, facts: null, fault: null };
+  const entry = { file, ...kindOf(file), serial: (state.serial += 1), name: file.name, address: null, thumbnail: null, width: 0, height: 0, prediction: null, facts: null, medical: false, fault: null };
   const address = URL.createObjectURL(file), picture = new Image();
   try {
     picture.src = address;
@@ -304,6 +304,7 @@ async function predict(entry) {
     const [prediction] = answer.predictions;
     if (prediction.error) entry.fault = `${WORDS[422]} The server says: ${prediction.error}`;
     else Object.assign(entry, { prediction, facts, model: answer.model });
+    entry.medical = Boolean(answer.not_a_medical_device);
   } catch (error) {
     entry.fault = stop.signal.aborted ? "Stopped." : error instanceof Refused ? error.message : "The server's answer cannot be read.";
   }
