@@ -23,7 +23,9 @@ RUN /opt/zoo/bin/python -m pip install --no-deps /wheels/zoo-*.whl \
 FROM python:${PYTHON}
 LABEL org.opencontainers.image.title="zoo serve" \
       org.opencontainers.image.description="An image classifier's verified bundle over HTTP, with a page; not a medical device."
-RUN groupadd --system --gid 10001 zoo \
+# Nothing is installed into it any more.
+RUN python -m pip uninstall --yes pip \
+    && groupadd --system --gid 10001 zoo \
     && useradd --system --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin zoo
 COPY --from=build /opt/zoo /opt/zoo
 # Nothing is written: neither by Python nor by the server, so that the file system may be read-only.
@@ -33,6 +35,6 @@ USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=5s --start-period=20s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=3).read()"]
+    CMD ["python", "-c", "from urllib.request import ProxyHandler, build_opener; build_opener(ProxyHandler({})).open('http://127.0.0.1:8000/health', timeout=3).read()"]
 # Without a token (ZOO_TOKEN, or `--token-file /run/secrets/NAME` behind the image's name) it says so and ends.
 ENTRYPOINT ["zoo", "serve", "/bundle", "--host", "0.0.0.0", "--port", "8000"]

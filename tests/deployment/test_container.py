@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -78,6 +80,38 @@ def test_no_secret_address_or_torch_is_in_it():
     assert not re.search(r"https?://(?!127\.0\.0\.1)|index-url|extra-index|trusted-host|find-links", text)
     assert not re.search(r"^(ENV|ARG)\b.*TOKEN", text, re.MULTILINE)
     assert not re.search(r"\b(sudo|curl|wget|ADD|latest)\b", text)
+
+
+def test_neither_python_of_the_image_has_pip():
+    of_build, of_image = " ".join(_of("RUN")[:-1]), dict(_final())["RUN"]
+    assert "/opt/zoo/bin/python -m pip uninstall --yes pip" in of_build
+    assert re.match(r"python -m pip uninstall --yes pip ", of_image)
+    kinds = [kind for kind, _ in _final()]
+    assert kinds.index("RUN") < kinds.index("ENV")  # behind which `python` is another one
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_the_health_check_asks_the_server_itself_whatever_proxy_is_set(status):
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    asked: list[str] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        words = json.loads(dict(_final())["HEALTHCHECK"].partition("CMD ")[2])
+        script = words[2].replace("127.0.0.1:8000", f"127.0.0.1:{server.server_port}")
+        proxies = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "no_proxy": ""}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, **proxies}, capture_output=True, check=False, timeout=60
+        )
+        server.shutdown()
+    assert (done.returncode, asked) == (0 if status == 200 else 1, ["/health"])
 
 
 def _sent() -> list[str]:
@@ -153,8 +187,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / "src" / name)
-    for kind, argument in steps():
-        if kind == "RUN" and "useradd" not in argument:
+    for kind, argument in steps()[: -len(_final())]:  # the final image's own would change this machine's Python
+        if kind == "RUN":
             _shell(argument, folder)
     return folder
 

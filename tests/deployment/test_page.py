@@ -50,9 +50,12 @@ def models(_bundled_template: Path, tmp_path_factory: pytest.TempPathFactory) ->
     shutil.copytree(folder / "models" / "bundles" / name, copy)
     record = open_bundle(copy).record
     classes = [HOSTILE, "b <b>bold</b>", "c"]
+    assert record.rules.conformal is not None
+    conformal = record.rules.conformal.model_copy(update={"coverage": 0.77})
+    rules = record.rules.model_copy(update={"conformal": conformal})
     record = record.model_copy(
         update={"name": "hostile", "classes": classes, "dataset": HOSTILE, "medical": True, "negative_class": None}
-    )
+    ).model_copy(update={"rules": rules})
     facts = CardFacts(HOSTILE, classes, summary=HOSTILE, medical=True, floors=[{"name": HOSTILE, "val_top1": 0.25}])
     (copy / "card.md").write_text(card_text(record, facts), encoding="utf-8")
     seal(copy, record)
@@ -323,6 +326,40 @@ def test_another_model_is_asked_about_the_image_that_is_being_asked_about(tab, i
     assert page.locator("#history li").count() == 1
     assert "model=hostile" in tab.predictions()[-1].url and len(tab.predictions()) == 2
     tab.said.clear()
+
+
+def test_an_answer_keeps_the_words_and_the_name_of_the_model_that_gave_it(tab, image):
+    page = tab.page
+    plain = page.input_value("#model")
+    tab.give(image)
+    tab.give(image)
+    api.expect(page.locator("#history .by")).to_have_text([plain, plain])
+    before = _text(page, "#set-note")
+    assert "in 90 % of images" in before and page.locator("#device").is_hidden()
+    page.select_option("#model", "hostile")  # asked about the second image alone
+    api.expect(page.locator("#history .by")).to_have_text(["hostile", plain])
+    page.wait_for_selector(ASKED)
+    assert "in 77 % of images" in _text(page, "#set-note") and page.locator("#device").is_visible()
+    page.locator("#history button").nth(1).click()
+    assert _text(page, "#set-note") == before
+    page.locator("#history button").nth(0).click()
+    page.select_option("#model", plain)
+    api.expect(page.locator("#history .by")).to_have_text([plain, plain])
+
+
+def test_an_answer_of_a_medical_model_warns_whatever_model_is_chosen(tab, image):
+    page = tab.page
+    plain = page.input_value("#model")
+    page.select_option("#model", "hostile")
+    page.wait_for_selector("#device:visible")
+    tab.give(image)
+    tab.give(image)
+    api.expect(page.locator("#history .by")).to_have_text(["hostile", "hostile"])
+    page.select_option("#model", plain)
+    api.expect(page.locator("#history .by")).to_have_text([plain, "hostile"])
+    api.expect(page.locator("#device")).to_be_hidden()
+    page.locator("#history button").nth(1).click()
+    assert page.locator("#device").is_visible()
 
 
 def test_only_so_many_images_are_kept(tab, image):

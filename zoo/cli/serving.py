@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +55,7 @@ def serve(
     from zoo.deployment.server.app import create_app
     from zoo.deployment.server.gate import Hosts
     from zoo.deployment.server.limits import Limits
-    from zoo.deployment.server.process import is_loopback, listen
+    from zoo.deployment.server.process import bind, is_loopback
     from zoo.deployment.server.process import serve as run
     from zoo.deployment.server.served import facts_of, load_models, named_bundles
     from zoo.errors import ZooError
@@ -64,15 +65,15 @@ def serve(
     token = _token(token_file)
     found = named_bundles(bundles or [], name or [], root)
     limits = Limits(body_bytes=max_body_mb << 20, pixels=int(max_megapixels * 1e6), queue_images=queue).fitting()
-    with listen(host, port) as sock:
+    with bind(host, port) as sock:
         if token is None and not is_loopback(sock):
             raise ZooError(
                 f"--host {host} can be reached from other machines, and there is no token; "
                 f"give one with --token-file FILE or {TOKEN_VARIABLE}"
             )
+        hosts = Hosts.of(is_loopback(sock), allowed_host or ())
         models = load_models(found, root, threads)
         facts = {each: facts_of(each, model.bundle) for each, model in models.items()}
-        hosts = Hosts.of(is_loopback(sock), allowed_host or ())
         app = create_app(models, facts, limits=limits, hosts=hosts, token=token, decoders=_cores())
         unanswered = run(app, sock, limits, lambda: _tell(sock, list(models), json))
     if unanswered:
@@ -117,9 +118,10 @@ def _tell(sock: socket.socket, names: list[str], json: bool) -> None:
     from zoo.files import to_json
 
     found: dict[str, Any] = {"url": url_of(sock), "models": names}
-    if json:
-        print(to_json(found), flush=True)
-        return
-    print(f"serving {', '.join(names)} at {found['url']}", flush=True)
-    if not is_loopback(sock):
-        print("the token and the images travel unencrypted; put a proxy with TLS in front", flush=True)
+    lines = [to_json(found)] if json else [f"serving {', '.join(names)} at {found['url']}"]
+    if not json and not is_loopback(sock):
+        lines.append("the token and the images travel unencrypted; put a proxy with TLS in front")
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # nobody reads it (`zoo serve x | true`), and it serves all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

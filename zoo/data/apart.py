@@ -70,6 +70,12 @@ class Child:
                     stream.close()
             self._process = None
 
+    def kill(self) -> None:
+        """Have the process die; called from any thread, and `stop` is then still due in the one that uses it."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def write(self, *parts: bytes) -> None:
         """Send bytes; raises OSError where the process has died."""
         assert self._process is not None and self._process.stdin is not None

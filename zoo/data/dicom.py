@@ -132,6 +132,17 @@ def _why_undecodable(dataset: Any, kind: str) -> str:
     return f"unreadable DICOM ({kind})"
 
 
+def dicom_size(data: bytes) -> tuple[int, int]:
+    """Return rows and columns as a DICOM's header says, decoding no pixel; 0, 0 where it does not say.
+
+    The whole header counts, also what stands behind the pixels: the decoder believes what comes last.
+    """
+    with _quiet(), suppress(Exception):
+        dataset = _read(data)
+        return max(0, int(dataset.get("Rows") or 0)), max(0, int(dataset.get("Columns") or 0))
+    return 0, 0
+
+
 def read_subject(data: bytes) -> Subject:
     """Return whose image a DICOM is; an empty key where it does not say. Raises DicomFault."""
     with _quiet():

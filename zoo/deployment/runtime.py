@@ -45,8 +45,21 @@ class Session:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use, also where a container has a share of the machine's time alone."""
+    known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(known, _quota() or known)
+
+
+def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
+    """Return the cores that a control group (version 2) allows, rounded up, at least 1; None where it sets no limit.
+
+    The kernel's `cpu.max`: microseconds of computing, or `max`, and of the period.
+    """
+    try:
+        most, period = (int(each) for each in file.read_text(encoding="ascii").split())
+    except (OSError, ValueError):
+        return None
+    return max(1, -(-most // period)) if period > 0 else None
 
 
 def _open_onnx(file: Path, precision: str, threads: int) -> tuple[Run, list[str], str]:

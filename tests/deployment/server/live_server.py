@@ -21,7 +21,7 @@ ODD_SERVER = """
 import sys, json, time
 from zoo.deployment.server.app import create_app
 from zoo.deployment.server.limits import Limits
-from zoo.deployment.server.process import listen, serve, url_of
+from zoo.deployment.server.process import bind, serve, url_of
 from zoo.deployment.server.served import facts_of
 from zoo.deployment.predictor import Predictor
 told = json.loads(sys.argv[1])
@@ -33,7 +33,7 @@ class Slow(Predictor):
             raise ValueError("PATIENT^NAME " + repr(images))
         return super().logits(images)
 model = Slow.load(told["bundle"])
-sock = listen("127.0.0.1", 0)
+sock = bind("127.0.0.1", 0)
 app = create_app({"m": model}, {"m": facts_of("m", model.bundle)}, limits=limits)
 sys.exit(serve(app, sock, limits, lambda: print(json.dumps({"url": url_of(sock)}), flush=True)))
 """

@@ -20,6 +20,7 @@ from zoo.deployment.server.gate import Hosts
 from zoo.deployment.server.limits import Body, Held, Limits, Refused, busy, check_image, content_type_of
 from zoo.deployment.server.queue import _Pace
 from zoo.deployment.server.uploads import images_of
+from zoo.errors import ZooError
 from zoo.runs import Preprocessing
 
 PLAIN = Preprocessing(image_size=32, crop_pct=0.875, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -38,7 +39,7 @@ def decoder():
 def test_a_decoder_gives_the_predictors_own_pixels(decoder, picture):
     for data in (picture(), picture("JPEG", size=(300, 90)), picture("TIFF", mode="L"), dicom()):
         for chosen in (PLAIN, PLAIN.model_copy(update={"interpolation": "bilinear", "window": "lung"})):
-            assert np.array_equal(decoder.prepare(data, chosen), prepare(data, chosen))
+            assert np.array_equal(decoder.prepare(data, chosen)[0], prepare(data, chosen))
 
 
 def test_a_decoder_refuses_and_goes_on(decoder, picture):
@@ -52,14 +53,63 @@ def test_a_decoder_refuses_and_goes_on(decoder, picture):
         with pytest.raises(Refused) as refused:
             decoder.prepare(data, PLAIN)
         assert refused.value.status == status
-    assert decoder.prepare(picture(), PLAIN).shape == (36, 39, 3)
+    assert decoder.prepare(picture(), PLAIN)[0].shape == (36, 39, 3)
 
 
 def test_a_big_image_waits_for_a_decoder_of_its_own(decoder):
     data = huge_png(2900)
     with pytest.raises(Heavy):
         decoder.prepare(data, PLAIN)
-    assert decoder.prepare(data, PLAIN, heavy=True).shape == (36, 36, 3)
+    assert decoder.prepare(data, PLAIN, heavy=True)[0].shape == (36, 36, 3)
+
+
+def test_a_big_dicom_is_a_big_image(decoder):
+    data = dicom(Rows=2900, Columns=2900, PixelData=bytes(2 * 2900 * 2900))
+    with pytest.raises(Heavy):
+        decoder.prepare(data, PLAIN)
+    assert decoder.prepare(data, PLAIN, heavy=True)[0].shape == (36, 36, 3)
+
+
+def test_a_decoder_tells_the_sides_before_it_cut_an_image_to_four_to_one(decoder, picture):
+    for data in (picture(size=(440, 40)), picture("TIFF", size=(440, 40))):
+        pixels, sides = decoder.prepare(data, PLAIN)
+        assert (pixels.shape, sides) == ((36, 144, 3), (40, 440))
+    pixels, sides = decoder.prepare(dicom(Rows=11, Columns=160), PLAIN)
+    assert (pixels.shape, sides) == ((36, 144, 3), (11, 160))
+
+
+def test_killed_from_another_thread_a_decoder_closes_its_own_pipes_and_starts_no_more(picture):
+    decoder = Decoder(max_pixels=1_000_000, seconds=600)
+    decoder.prepare(picture(), PLAIN)
+    process = decoder.child._process
+    os.kill(process.pid, signal.SIGSTOP)
+    refused = []
+
+    def ask():
+        with pytest.raises(Refused) as found:
+            decoder.prepare(picture(), PLAIN)
+        refused.append(found.value.reason)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    decoder.kill()
+    assert decoder.child._process is None or not decoder.child._process.stdin.closed or not asking.is_alive()
+    asking.join(60)
+    assert refused == ["unreadable: its decoder gave up"] and process.stdout.closed
+    ask()
+    assert decoder.child._process is None
+    decoder.kill()
+    assert decoder.child._process is None
+
+
+def test_killing_a_child_leaves_its_pipes_to_the_thread_that_uses_it(picture):
+    decoder = Decoder(max_pixels=1_000_000, seconds=60)
+    decoder.prepare(picture(), PLAIN)
+    decoder.kill()
+    assert not decoder.child._process.stdin.closed and not decoder.child._process.stdout.closed
+    process = decoder.child._process
+    decoder.stop()
+    assert process.stdin.closed and process.stdout.closed and decoder.child._process is None
 
 
 def test_a_decoder_is_bounded(decoder, picture):
@@ -81,14 +131,14 @@ def test_a_decoder_that_dies_or_hangs_is_replaced(picture):
             decoder.prepare(picture(), PLAIN)
         assert decoder.child._process is None
         decoder.seconds = 60
-        assert decoder.prepare(picture(), PLAIN).shape == (36, 39, 3)
+        assert decoder.prepare(picture(), PLAIN)[0].shape == (36, 39, 3)
         os.kill(decoder.child._process.pid, signal.SIGSTOP)
         killer = threading.Timer(0.5, os.kill, (decoder.child._process.pid, signal.SIGKILL))
         killer.start()
         with pytest.raises(Refused, match="unreadable: its decoder gave up"):
             decoder.prepare(picture(), PLAIN)
         killer.join()
-        assert decoder.prepare(picture(), PLAIN).shape == (36, 39, 3)
+        assert decoder.prepare(picture(), PLAIN)[0].shape == (36, 39, 3)
     finally:
         decoder.stop()
 
@@ -152,6 +202,28 @@ def test_a_form_of_too_many_parts_is_refused():
     assert refused.value.status == 413
 
 
+def test_false_delimiters_and_long_padding_are_refused_before_they_are_parsed():
+    many = b"\r\n--xxBOUNDARYxx?" * 1000
+    body, media_type = form([("files", "a", many)])
+    with pytest.raises(Refused) as refused:
+        images_of(bytearray(body), media_type, 4)
+    assert refused.value.status == 413
+    few = many[: 17 * 11]
+    body, _ = form([("files", "a", few)])
+    assert images_of(bytearray(body), media_type, 4) == [few]
+    for spaces, status in ((60, None), (65, 400), (1 << 20, 400)):
+        body, _ = form([("files", "a", b"1"), ("files", "b", b"2")])
+        padded = body.replace(
+            b"1\r\n--xxBOUNDARYxx", b"1\r\n--xxBOUNDARYxx" + b" \t" * (spaces // 2) + b" " * (spaces % 2)
+        )
+        if status is None:
+            assert images_of(bytearray(padded), media_type, 4) == [b"1", b"2"]
+            continue
+        with pytest.raises(Refused) as refused:
+            images_of(bytearray(padded), media_type, 4)
+        assert refused.value.status == status
+
+
 # Limits -----------------------------------------------------------------------------------------------------------
 
 
@@ -204,8 +276,11 @@ def test_a_size_is_read_without_decoding(picture):
     started = time.perf_counter()
     with pytest.raises(Refused, match="too large: 32000 x 32000 pixels, more than 50000000"):
         check_image(huge_png(32000)[:4000], 50_000_000)
-    assert check_image(picture(), 2000) == 1760
-    assert check_image(dicom(), 1) == 0
+    assert check_image(picture(), 2000) == (40, 44)
+    assert check_image(dicom(), 2000) == (40, 44)
+    with pytest.raises(Refused, match="too large: 44 x 40 pixels, more than 1759"):
+        check_image(dicom(), 1759)
+    assert check_image(dicom()[:200], 1) == (0, 0)
     assert time.perf_counter() - started < 30
 
 
@@ -234,6 +309,30 @@ def test_a_named_host_is_admitted_whatever_its_case():
     assert Hosts.of(True, ["Zoo.Example."]).admit("zoo.example:9")
     assert not Hosts.of(True).admit("10.0.0.1")
     assert Hosts.of(False).admit("10.0.0.1:9") and Hosts.of(False).admit("[fe80::1]")
+
+
+@pytest.mark.parametrize(
+    ("given", "host"),
+    [
+        ("zoo.example:8443", "zoo.example"),
+        (" Zoo.Example ", "zoo.example:8443"),
+        ("192.0.2.7:80", "192.0.2.7"),
+        ("2001:DB8::7", "[2001:db8::7]:80"),
+        ("[2001:db8:0::7]:80", "[2001:db8::7]"),
+    ],
+)
+def test_a_named_host_counts_whatever_its_port(given, host):
+    assert Hosts.of(True, [given]).admit(host)
+    assert not Hosts.of(True, [given]).admit("other.example")
+
+
+@pytest.mark.parametrize(
+    "given", ["*", "*.example", "", ".", ":80", "https://zoo.example", "zoo.example/", "a b", "a,b"]
+)
+def test_a_named_host_that_no_request_could_have_is_refused(given):
+    with pytest.raises(ZooError, match=r"^--allowed-host must be one name or address, as zoo.example") as said:
+        Hosts.of(True, [given])
+    assert "\n" not in str(said.value)
 
 
 def test_the_more_are_sent_away_the_later_they_are_told_to_come():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from test_server_http import dicom, huge_png
 
 from zoo.cli import main
 from zoo.deployment.server.gate import Token
+from zoo.deployment.server.process import bind, listen
 from zoo.errors import ZooError
 
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -318,6 +320,24 @@ def test_a_port_that_is_taken_and_a_host_that_is_none_are_said_in_a_line(command
     assert code == 1 and err.startswith("error: cannot listen at 192.0.2.7 port 8000: ") and err.count("\n") == 1
 
 
+def test_a_bound_port_cannot_be_reached_before_it_listens_and_one_that_was_taken_meanwhile_is_said():
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=60)
+        with bind("127.0.0.1", port) as second:
+            listen(first)
+            socket.create_connection(("127.0.0.1", port), timeout=60).close()
+            with pytest.raises(ZooError, match=f"^cannot listen at 127.0.0.1 port {port}: Address already in use; --p"):
+                listen(second)
+
+
+def test_a_host_name_that_never_matches_is_said_before_a_model_is_loaded(command, bundle_folder):
+    code, _, err = command(bundle_folder, "--port", "0", "--allowed-host", "*")
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("error: --allowed-host must be one name or address, as zoo.example") and "'*'" in err
+
+
 def test_a_run_is_no_bundle(trained, command):
     run = next(each.name for each in trained.runs.iterdir())
     code, _, err = command(run, "--port", "0")
@@ -372,6 +392,39 @@ def test_it_says_where_it_listens(bundle_folder, tmp_path):
         assert process.stdout.readline().startswith(f"serving {bundle_folder.name} at http://127.0.0.1:".encode())
         process.terminate()
         assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("json_line", [True, False])
+def test_it_serves_on_where_nobody_reads_what_it_says(bundle_folder, tmp_path, json_line):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    words = [sys.executable, "-m", "zoo", "serve", str(bundle_folder), "--port", str(port)]
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*words, *(["--json"] if json_line else [])], stdout=theirs, stderr=log)
+    os.close(theirs)
+
+    def answers():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except ConnectionError:
+            return False
+        finally:
+            connection.close()
+
+    try:
+        until(answers, 60)
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines and not [line for line in lines if "GET /health 200" not in line]
 
 
 def test_the_document_names_every_flag_route_and_number(live):

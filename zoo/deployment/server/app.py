@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from zoo.data.decode import MAX_ASPECT
 from zoo.deployment.server.contract import Answers, Error, Health, ModelFacts, Models
 from zoo.deployment.server.gate import Gate, Hosts, Token, log_broken
 from zoo.deployment.server.limits import Body, ClientGone, Held, Limits, Refused
@@ -68,6 +69,7 @@ class State:
     """What the server is doing: whether it may be sent work, and what of it is not done yet.
 
     in_flight: requests for a prediction from their head to their answer. unanswered: of those, cut off at the end.
+    end: ends all threads and processes that work; may be called again.
     """
 
     metrics: Metrics = field(default_factory=Metrics)
@@ -76,6 +78,7 @@ class State:
     broken: str | None = None
     in_flight: int = 0
     unanswered: int = 0
+    end: Callable[[], None] = lambda: None
 
     def check(self) -> None:
         """Raise Refused 503 unless new work may come."""
@@ -102,6 +105,7 @@ def create_app(
     state = state or State()
     queue = WorkQueue(models, limits, state.metrics, decoders)
     state.metrics.queue.set_function(lambda: queue.images)
+    state.end = queue.stop
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -222,6 +226,7 @@ def _add_predict(
     app: FastAPI, queue: WorkQueue, facts: Mapping[str, dict[str, Any]], limits: Limits, state: State
 ) -> None:
     held = Held(limits.held_bytes)
+    reading = asyncio.Semaphore(1)
 
     @app.post(
         "/predict",
@@ -243,7 +248,8 @@ def _add_predict(
             with Body(limits, held) as body:
                 sent = request.headers
                 await body.read(_chunks(request), sent.get("content-length"), sent.get("content-encoding"))
-                images = images_of(body.data, content_type, limits.images)
+                async with reading:  # one after the other, and beside the event loop: it copies up to all of the body
+                    images = await asyncio.to_thread(images_of, body.data, content_type, limits.images)
                 body.data = bytearray()
                 gone = asyncio.ensure_future(_left(request))
                 try:
@@ -303,16 +309,24 @@ def _row(index: int, outcome: Outcome, side: int, explain: bool) -> dict[str, An
         "refer_reason": None if why else said.refer_reason,
         "operating_points": None if why else said.points,
         "activation_map": None if heat is None else np.round(heat.astype(np.float64), 3).tolist(),
-        "activation_box": None if heat is None else _box(outcome.size, side),
+        "activation_box": None if heat is None else _box(outcome.size, outcome.sides, side),
         "error": why.reason if why else None,
     }
 
 
-def _box(size: tuple[int, int], side: int) -> list[float]:
-    """Return where the centre crop lies in the resized image: left, top, right, bottom in [0, 1]."""
-    (height, width) = size
-    top, left = round((height - side) / 2.0), round((width - side) / 2.0)
-    return [round(each, 6) for each in (left / width, top / height, (left + side) / width, (top + side) / height)]
+def _box(size: tuple[int, int], sides: tuple[int, int], side: int) -> list[float]:
+    """Return where the centre crop lies in the image as it was sent: left, top, right, bottom in [0, 1].
+
+    size: height and width after `resize`, which keeps the middle of an image longer than MAX_ASPECT. sides: of the
+    image before it, in either order: those of a header may be turned.
+    """
+    found = []
+    for length in reversed(size):
+        start = round((length - side) / 2.0)
+        kept = min(1.0, MAX_ASPECT * (min(sides) or 1) / (max(sides) or 1)) if length == max(size) else 1.0
+        found.append([0.5 + kept * (place / length - 0.5) for place in (start, start + side)])
+    (left, right), (top, bottom) = found
+    return [round(each, 6) for each in (left, top, right, bottom)]
 
 
 def _add_page(app: FastAPI) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.deployment.server.limits import ClientGone, Refused
 from zoo.deployment.server.metrics import Metrics
-from zoo.errors import ZooError
+from zoo.errors import ZooError, one_line
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -77,9 +77,20 @@ class Hosts:
 
     @staticmethod
     def of(loopback: bool, extra: Iterable[str] = ()) -> Hosts:
-        """Return the hosts of a server that listens on loopback alone, or elsewhere too; `extra` names come on top."""
-        names = {name.strip().lower().strip("[]").rstrip(".") for name in extra}
-        return Hosts(frozenset(names | {"localhost", "127.0.0.1", "::1"}), any_address=not loopback)
+        """Return the hosts of a server that listens on loopback alone, or elsewhere too; `extra` names come on top.
+
+        A port behind such a name does not matter. Raises ZooError for a name that no request could have.
+        """
+        names = {"localhost", "127.0.0.1", "::1"}
+        for given in extra:
+            name = _name_of(given.strip()) or _address_of(given.strip())
+            if not name:
+                raise ZooError(
+                    f"--allowed-host must be one name or address, as zoo.example, without scheme, path or pattern. "
+                    f"Got {one_line(given, 100)!r}"
+                )
+            names.add(name)
+        return Hosts(frozenset(names), any_address=not loopback)
 
     def admit(self, host: str) -> bool:
         """Return whether the value of a Host header is one of them; the port does not matter.
@@ -87,17 +98,26 @@ class Hosts:
         >>> Hosts.of(True).admit("localhost:8000"), Hosts.of(True).admit("localhost.evil.example")
         (True, False)
         """
-        found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::\d{1,5})?", host)
-        if found is None:
-            return False
-        name = (found[1] or found[2]).lower().rstrip(".")
-        if name in self.names:
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return self.any_address
+        name = _name_of(host)
+        return name is not None and (name in self.names or (self.any_address and _address_of(name) is not None))
+
+
+def _name_of(host: str) -> str | None:
+    """Return the name or the address of a Host, as names are compared, without its port; None where it is none."""
+    found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", host)
+    if found is None:
+        return None
+    if found[1]:
+        return _address_of(found[1])
+    return found[2].lower().rstrip(".") or None
+
+
+def _address_of(text: str) -> str | None:
+    """Return a numeric address in its one usual form, None for any other text."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        return None
 
 
 class Gate:

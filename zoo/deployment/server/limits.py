@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
 from zoo.data.decode import MAX_PIXELS, BadImage, read_size
+from zoo.data.dicom import dicom_size
 
 # What the first bytes must be. GIF and PPM, which training reads too, are not taken from strangers.
 _TAKEN = frozenset({"PNG", "JPEG", "WEBP", "TIFF", "BMP", "DICOM"})
@@ -128,8 +129,10 @@ class Body:
             raise Refused(400, "the body is empty; send an image")
 
 
-def check_image(data: bytes, max_pixels: int) -> int:
-    """Return an image's pixels as its header says, 0 for DICOM, without decoding any.
+def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Return an image's height and width as its header says, before any turning, without decoding a pixel.
+
+    0, 0 for a DICOM that does not say, which no decoder takes.
 
     Raises Refused: 415 for a format that is not taken, 413 for too many pixels, 422 for what is damaged, or holds
     several pictures: which of them was meant, nobody can say.
@@ -140,11 +143,13 @@ def check_image(data: bytes, max_pixels: int) -> int:
         raise refused_image(bad) from None
     if form not in _TAKEN:
         raise Refused(415, f"this format is not taken; send {TAKEN}")
+    if form == "DICOM":
+        height, width = dicom_size(data)
     if width * height > max_pixels:
         raise Refused(413, f"too large: {width} x {height} pixels, more than {max_pixels}")
     if several:
         raise Refused(422, "several pictures in one file; send each that counts as a file of its own")
-    return width * height
+    return height, width
 
 
 def refused_image(bad: BadImage) -> Refused:

@@ -26,8 +26,11 @@ from zoo.errors import ZooError, one_line
 _BACKLOG = 1024
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a bound socket; raises ZooError for a host that is none of this machine's, or a port that is taken."""
+def bind(host: str, port: int) -> socket.socket:
+    """Return a bound socket, to which nobody can connect before `listen`.
+
+    Raises ZooError for a host that is none of this machine's, or a port that is taken.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
             0
@@ -40,15 +43,25 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-        sock.listen(_BACKLOG)
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        why = one_line(error.strerror or error)
-        raise ZooError(
-            f"cannot listen at {one_line(host, 100)} port {port}: {why}; --port 0 takes a free one"
-        ) from None
+        raise _cannot_listen(host, port, error) from None
     return sock
+
+
+def listen(sock: socket.socket) -> None:
+    """Let clients connect; raises ZooError where another server that was bound to the port too came first."""
+    host, port = sock.getsockname()[:2]
+    try:
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from None
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ZooError:
+    why = one_line(error.strerror or error)
+    return ZooError(f"cannot listen at {one_line(host, 100)} port {port}: {why}; --port 0 takes a free one")
 
 
 def is_loopback(sock: socket.socket) -> bool:
@@ -65,9 +78,10 @@ def url_of(sock: socket.socket) -> str:
 def serve(app: Any, sock: socket.socket, limits: Limits, started: Callable[[], None]) -> int:
     """Serve until SIGTERM or SIGINT, then answer what is in flight; return how many requests stayed unanswered.
 
-    `started` is called once connections are accepted. A second signal ends at once. Raises ZooError where a model
-    fails its first batch.
+    sock: bound; it listens from here on. `started` is called once connections are accepted. A second signal ends at
+    once. Raises ZooError where the port was taken meanwhile, or a model fails its first batch.
     """
+    listen(sock)
     _set_limits(limits.connections)
     set_up_log()
     state: State = app.state.zoo
@@ -128,6 +142,7 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(0.05)
         self.config.timeout_graceful_shutdown = max(1, round(end - time.monotonic())) if not self.force_exit else 0
         await super().shutdown(sockets)
+        self.state.end()  # where it is forced, the app is not told of the end, and its threads would be waited for
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

@@ -24,6 +24,7 @@ from zoo.errors import ZooError, one_line
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
+MOST_DECODERS = 8  # processes of some hundred MiB each, and one network is behind them all
 _AWAY_S = 3.0  # for so long whoever was sent away counts as waiting
 
 
@@ -39,11 +40,15 @@ class Predicts(Protocol):
 
 @dataclass(slots=True)
 class Outcome:
-    """One image's answer and its class map (h, w), or why there is none."""
+    """One image's answer and its class map (h, w), or why there is none.
+
+    size: height and width as it was resized. sides: both as its header gives them, in either order.
+    """
 
     answer: Any = None
     heat: Floats | None = None
     size: tuple[int, int] = (0, 0)
+    sides: tuple[int, int] = (0, 0)
     refused: Refused | None = None
 
 
@@ -101,7 +106,8 @@ class WorkQueue:
     """
 
     def __init__(self, models: Mapping[str, Predicts], limits: Limits, metrics: Metrics, decoders: int) -> None:
-        self.models, self.limits, self.metrics, self._pool_size = models, limits, metrics, max(1, decoders)
+        self.models, self.limits, self.metrics = models, limits, metrics
+        self._pool_size = min(MOST_DECODERS, max(1, decoders))
         self.images = 0
         self._own = threading.local()
         self._started: list[Decoder] = []
@@ -122,12 +128,14 @@ class WorkQueue:
             self._decoders.submit(self._start_decoder)
 
     def stop(self) -> None:
-        """End the threads; whatever is still in the queue is dropped."""
+        """End the threads; whatever is still in the queue is dropped. May be called again."""
         with self._awake:
             self._stopped = True
             self._awake.notify()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._heavy.shutdown(wait=False, cancel_futures=True)
+        for each in self._started:
+            each.kill()
+        for pool in (self._decoders, self._heavy):  # a thread waits for its process alone, and that is dead
+            pool.shutdown(cancel_futures=True)
         for each in self._started:
             each.stop()
 
@@ -146,8 +154,9 @@ class WorkQueue:
         assert self._loop is not None
         request = _Request(self._loop.create_future(), [None] * len(images), len(images))
         self.images += len(images)
-        for index, data in enumerate(images):
-            self._decoders.submit(self._decode, _Job(request, index, model, data), False)
+        jobs = [_Job(request, index, model, data) for index, data in enumerate(images)]
+        for job in jobs:
+            self._decoders.submit(self._decode, job, False)
         try:
             await asyncio.wait((request.done, gone), timeout=self.limits.deadline_s, return_when="FIRST_COMPLETED")
             if not request.done.done():
@@ -156,6 +165,8 @@ class WorkQueue:
                 raise busy(self._pace.come_again_s(self.images), "busy: no answer in time; try again")
         finally:
             request.gone = True
+            for job in jobs:  # those that still wait would hold bytes that nobody counts any more
+                job.data = b""
         return [outcome for outcome in request.outcomes if outcome is not None]
 
     def _start_decoder(self) -> Decoder:
@@ -164,17 +175,21 @@ class WorkQueue:
             self._own.decoder = Decoder(self.limits.pixels, self.limits.decode_s)
             self._started.append(self._own.decoder)
         decoder: Decoder = self._own.decoder
+        if self._stopped:  # `stop` may not have seen it yet
+            decoder.kill()
         decoder.start()
         return decoder
 
     def _decode(self, job: _Job, heavy: bool) -> None:
         """In a decoder's thread: from bytes to pixels, which the network's thread then finds waiting."""
+        data = job.data
         try:
-            if job.request.gone:
+            if job.request.gone:  # asked after `data` was read, for that is emptied after this was set
                 self._settle([job])
                 return
             started = time.perf_counter()
-            job.pixels = self._start_decoder().prepare(job.data, self.models[job.model].preprocessing, heavy)
+            preprocessing = self.models[job.model].preprocessing
+            job.pixels, job.outcome.sides = self._start_decoder().prepare(data, preprocessing, heavy)
             job.outcome.size = job.pixels.shape[:2]
             self.metrics.decode_seconds.observe(time.perf_counter() - started)
         except Heavy:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 FIELDS = ("files", "file")
 MULTIPART = "multipart/form-data"
 _HEADER_BYTES = 4096
+_OTHER_FIELDS = 8  # parts of a form that are no images
+_PADDING = 64  # spaces behind a delimiter
 
 # Its warnings hold characters of the body.
 logging.getLogger("python_multipart").disabled = True
@@ -49,10 +51,24 @@ def _boundary(content_type: str) -> bytes:
     return boundary.encode("ascii")
 
 
+def _check_delimiters(body: bytearray, boundary: bytes, most: int) -> None:
+    """Refuse what the parser would go over byte by byte: very many delimiters, and long padding behind one."""
+    delimiter, place = b"\r\n--" + boundary, 0
+    for _ in range(most + _OTHER_FIELDS + 2):
+        place = body.find(delimiter, place)
+        if place < 0:
+            return
+        place += len(delimiter)
+        if len(body[place : place + _PADDING + 1].lstrip(b" \t")) == 0 and len(body) > place + _PADDING:
+            raise Refused(400, "the form cannot be read")
+    raise Refused(413, f"a request may hold {most} images at the most")
+
+
 def _parts(body: bytearray, boundary: bytes, most: int) -> list[bytes]:
     from python_multipart.exceptions import FormParserError
     from python_multipart.multipart import MultipartParser
 
+    _check_delimiters(body, boundary, most)
     gathered = _Parts(most)
     try:
         parser = MultipartParser(boundary, gathered.callbacks(), max_header_count=8, max_header_size=_HEADER_BYTES)
@@ -87,7 +103,7 @@ class _Parts:
 
     def _begin(self) -> None:
         self._seen += 1
-        if self._seen > self.most + 8:
+        if self._seen > self.most + _OTHER_FIELDS:
             raise Refused(413, f"a request may hold {self.most} images at the most")
         self._taken, self._data = False, bytearray()
 

@@ -96,8 +96,8 @@ function score(value) {
 const percent = (value) => `${Number((100 * value).toFixed(1))} %`;
 const listed = (names) => names.length < 2 ? names.join("") : `${names.slice(0, -1).join(", ")} or ${names.at(-1)}`;
 
-function setWords(prediction) {
-  const conformal = state.facts?.rules?.conformal, set = prediction.prediction_set ?? [], classes = state.facts?.classes ?? [];
+function setWords({ prediction, facts }) {
+  const conformal = facts?.rules?.conformal, set = prediction.prediction_set ?? [], classes = facts?.classes ?? [];
   if (!conformal) return ["This model has no rule for prediction sets.", ""];
   const cover = `Made to hold the true class in ${percent(conformal.coverage)} of images like those of validation; of an image unlike them it promises nothing.`;
   if (conformal.quantile === null) return ["No class can be ruled out: validation was too small.", cover];
@@ -106,9 +106,9 @@ function setWords(prediction) {
   return [set.length === classes.length ? `Any class: ${listed(set)}.` : `${set.length === 2 ? "Either" : "One of"} ${listed(set)}.`, cover];
 }
 
-function referWords(prediction) {
+function referWords({ prediction, facts }) {
   if (prediction.refer) return `Refer to a human${prediction.refer_reason ? `: ${prediction.refer_reason}` : "."}`;
-  const rule = state.facts?.rules?.refer;
+  const rule = facts?.rules?.refer;
   if (!rule) return "This model has no rule for when to ask a human.";
   return `The rule asks for no human: the score is at least ${score(rule.threshold)}.`;
 }
@@ -187,7 +187,7 @@ function showMapState(entry) {
   const cut = boxOf(entry).some((edge, place) => Math.abs(edge - (place > 1)) > 0.001);
   $("looking-text").textContent = has
     ? `What spoke for ${entry.prediction.label}: most of it ${brightest(entry.prediction.activation_map)} of the picture${cut ? ", dashed the part that the network sees" : ""}. It explains the network, not what is in the image.`
-    : state.facts && !state.facts.explains ? "This model gives no map." : "Shown with an answer, where the model gives a map.";
+    : (entry?.facts ?? state.facts)?.explains === false ? "This model gives no map." : "Shown with an answer, where the model gives a map.";
   drawMap();
 }
 
@@ -237,13 +237,19 @@ function show(entry) {
   const { prediction, fault } = entry;
   $("again").hidden = !fault;
   if (fault) verdict("error", "No answer", fault);
-  else if (prediction) verdict(prediction.refer ? "refer" : "answer", prediction.label, referWords(prediction), score(prediction.scores[prediction.label]));
+  else if (prediction) verdict(prediction.refer ? "refer" : "answer", prediction.label, referWords(entry), score(prediction.scores[prediction.label]));
   showScores(prediction ?? null);
-  const [words, note] = prediction ? setWords(prediction) : ["–", ""];
+  const [words, note] = prediction ? setWords(entry) : ["–", ""];
   $("set").textContent = words;
   $("set-note").textContent = note;
   showMapState(entry);
+  showDevice();
   showHistory();
+}
+
+/** Warn where the chosen model is medical, or the one that gave the answer. */
+function showDevice() {
+  $("device").hidden = !(state.facts?.medical || state.current?.medical);
 }
 
 // ---- one image after the other ----
@@ -256,7 +262,7 @@ function kindOf(file) {
 }
 
 async function newEntry(file) {
-  const entry = { file, ...kindOf(file), serial: (state.serial += 1), name: file.name, address: null, thumbnail: null, width: 0, height: 0, prediction: null, fault: null };
+  const entry = { file, ...kindOf(file), serial: (state.serial += 1), name: file.name, address: null, thumbnail: null, width: 0, height: 0, prediction: null, facts: null, medical: false, fault: null };
   const address = URL.createObjectURL(file), picture = new Image();
   try {
     picture.src = address;
@@ -285,19 +291,20 @@ function forget(entry) {
 async function predict(entry) {
   const stop = (state.stop = new AbortController()), form = new FormData();
   form.append("files", new Blob([entry.file], { type: entry.type }), "image"); // never the file's own name
-  Object.assign(entry, { prediction: null, fault: null });
+  const { model, facts } = state; // of which all words about the answer are, whatever is chosen when it is looked at
+  Object.assign(entry, { prediction: null, facts: null, fault: null });
   $("fault").textContent = "";
   show(entry);
   verdict("busy", "Asking the model", "");
   $("stop").hidden = false;
   try {
-    const query = new URLSearchParams({ explain: "true", ...(state.model ? { model: state.model } : {}) });
+    const query = new URLSearchParams({ explain: "true", ...(model ? { model } : {}) });
     const waits = (seconds, turn) => verdict("busy", "The server is busy", `Asking again in ${seconds} s (try ${turn} of ${TRIES}).`);
     const answer = await ask(`predict?${query}`, { body: form, signal: stop.signal, waits });
     const [prediction] = answer.predictions;
     if (prediction.error) entry.fault = `${WORDS[422]} The server says: ${prediction.error}`;
-    else Object.assign(entry, { prediction, model: answer.model });
-    if (answer.not_a_medical_device) $("device").hidden = false;
+    else Object.assign(entry, { prediction, facts, model: answer.model });
+    entry.medical = Boolean(answer.not_a_medical_device);
   } catch (error) {
     entry.fault = stop.signal.aborted ? "Stopped." : error instanceof Refused ? error.message : "The server's answer cannot be read.";
   }
@@ -348,6 +355,7 @@ function showHistory() {
     const { prediction } = entry;
     button.append(cell("span", `${entry.serial}. ${entry.name}`, "name"));
     button.append(cell("span", entry.fault ? "No answer" : prediction ? `${prediction.label} ${score(prediction.scores[prediction.label])}` : "…", "said"));
+    if (prediction && $("model").options.length > 1) button.append(cell("span", entry.model, "by"));
     if (prediction?.refer) button.append(cell("span", "Refer to a human", "refers"));
     button.addEventListener("click", () => show(entry));
     item.append(button);
@@ -369,6 +377,7 @@ function clear() {
   $("set").textContent = "–";
   $("set-note").textContent = "";
   showMapState(null);
+  showDevice();
   showHistory();
   $("drop").focus();
 }
@@ -410,7 +419,7 @@ async function load(model) {
   document.title = `${facts.dataset} · zoo`;
   $("title").textContent = facts.dataset;
   $("subtitle").textContent = `${facts.model}, ${facts.classes.length} classes`;
-  $("device").hidden = !facts.medical;
+  showDevice();
   const warmth = facts.rules?.temperature;
   $("calibration").textContent = typeof warmth === "number" && warmth !== 1 ? `Calibrated on validation (temperature ${warmth.toFixed(2)}).` : "Not calibrated further (temperature 1).";
   showFacts(facts);
