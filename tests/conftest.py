@@ -72,6 +72,28 @@ def full_disk(tmp_path: Path):
 
 
 @pytest.fixture
+def as_nobody():
+    """Run Python code in a folder as a user who owns nothing; relative paths, for the folders above are root's alone.
+
+    imports: what is done before, while the package can be read. Returns what the code printed.
+    """
+    import subprocess
+    import sys
+
+    if os.name != "posix" or os.geteuid() != 0:
+        pytest.skip("only root may become somebody else")
+
+    def run(imports: str, code: str, folder: Path) -> str:
+        become = "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534)"
+        command = [sys.executable, "-c", "\n".join((imports, become, code))]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """An empty home folder that this test works in."""
     folder = tmp_path / "home"

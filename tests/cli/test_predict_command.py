@@ -105,6 +105,8 @@ def test_patterns_lists_and_standard_input_mean_images(predict, picture):
         (["x.png", "--csv", "-o", "rows.jsonl"], b"--output must end in .csv or .jsonl"),
         (["x.png", "--device", "cuda"], b"bundles run on the CPU. Got device 'cuda'"),
         (["x.png", "-o", "file/rows.csv"], b"cannot write"),
+        (["x.png", "-o", "folder.csv"], b"cannot write 'folder.csv': it is a folder; name a file"),
+        ([""], b"a path is empty"),
         (["x.png", "--explain", "file/maps"], b"cannot write"),
     ],
 )
@@ -113,15 +115,47 @@ def test_a_mistake_is_one_line_and_exit_code_1(predict, picture, arguments, said
     if "*.png" in arguments:
         (predict.folder / "x.png").unlink()
     (predict.folder / "file").write_text("in the way")
+    (predict.folder / "folder.csv").mkdir()
     done = predict(*arguments)
     assert (done.returncode, done.stdout) == (1, b""), done
     assert done.stderr.startswith(b"error: ") and said in done.stderr and done.stderr.count(b"\n") == 1
 
 
 def test_bad_usage_is_exit_code_2(predict):
-    for arguments in ([], ["x.png", "--threads", "0"], ["x.png", "--batch-size", "0"], ["x.png", "--list"]):
+    for arguments in (
+        [],
+        ["x.png", "--threads", "0"],
+        ["x.png", "--threads", "99999999999"],
+        ["x.png", "--batch-size", "0"],
+        ["x.png", "--list"],
+    ):
         done = predict(*arguments)
         assert done.returncode == 2 and done.stdout == b"" and b"Traceback" not in done.stderr
+
+
+def test_closed_standard_streams_are_no_traceback(predict, picture):
+    (predict.folder / "x.png").write_bytes(picture)
+
+    def closed(which: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        command = ["sh", "-c", f'exec "$@" {which}', "sh", sys.executable, "-m", "zoo", "predict", predict.bundle]
+        return subprocess.run([*command, *arguments], cwd=predict.folder, capture_output=True, check=False)
+
+    for arguments in (["-"], ["--paths-from", "-"]):
+        done = closed("<&-", *arguments)
+        assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
+        assert done.stderr.startswith(b"error: standard input is closed; ")
+    for arguments in (["x.png"], ["x.png", "--json"], ["x.png", "-o", "rows.csv"]):
+        done = closed(">&-", *arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert (predict.folder / "rows.csv").read_bytes() == predict("x.png", "--csv").stdout
+    assert closed("2>&-", "gone.png").returncode == 1
+
+
+def test_a_folder_of_a_list_that_gives_nothing_is_a_row(predict, picture):
+    (predict.folder / "x.png").write_bytes(picture)
+    (predict.folder / "empty").mkdir()
+    rows = rows_of(predict("--paths-from", "-", "--json", stdin=b"empty\nx.png"))
+    assert [(row["path"], row["error"]) for row in rows] == [("empty", "the folder holds no image"), ("x.png", None)]
 
 
 HOSTILE = [

@@ -173,3 +173,93 @@ def test_children_end_with_their_process():
         if psutil.pid_exists(child):
             psutil.wait_procs([psutil.Process(child)], timeout=20)
         assert not psutil.pid_exists(child)
+
+
+def test_a_child_that_takes_nothing_is_not_waited_for(monkeypatch):
+    asked(jpeg_dicom())
+    (idle,) = apart._idle.values()
+    child = idle[0]._process
+    os.kill(child.pid, signal.SIGSTOP)
+    monkeypatch.setattr(apart, "_SECONDS", 0.5)
+    said: list[BaseException] = []
+
+    def ask_much() -> None:
+        try:
+            asked(bytes(8 << 20))  # more than a pipe holds
+        except BaseException as error:
+            said.append(error)
+
+    asking = threading.Thread(target=ask_much)
+    asking.start()
+    asking.join(30)
+    ended = not asking.is_alive()
+    child.kill()
+    asking.join()
+    assert ended and str(said[0]) == "it takes too long to decode" and isinstance(said[0], ChildFault)
+
+
+def test_much_is_sent_and_comes_back(tmp_path, monkeypatch):
+    (tmp_path / "echoing.py").write_text(
+        "import numpy\nfrom zoo.data.apart import answer_with\n"
+        "def work(most):\n    answer_with(lambda data: numpy.frombuffer(data, numpy.uint8), most)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = np.random.default_rng(0).integers(0, 256, 9_000_001, dtype=np.uint8)
+    for _ in range(2):
+        assert np.array_equal(ask("echoing", data.tobytes(), MOST), data)
+
+
+def test_a_child_whose_parent_is_not_there_to_end_it_ends_by_itself(tmp_path):
+    (tmp_path / "looping.py").write_text(
+        "from zoo.data import apart\n"
+        "def loop(data):\n    print = open('/proc/self/stat').read\n    while True: print()\n"
+        "def work(most):\n    apart._SECONDS = -3\n    apart.answer_with(loop, most)\n"
+    )
+    code = (
+        "import os, signal, threading, time; from zoo.data.apart import _busy, ask\n"
+        "def die():\n    while not (child := next(iter(_busy.values()), None)): time.sleep(0.01)\n"
+        "    print(child._process.pid, flush=True); time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"threading.Thread(target=die).start(); ask('looping', b'x', {MOST})"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
+    assert done.returncode == -signal.SIGKILL
+    import psutil
+
+    child = int(done.stdout)
+    if psutil.pid_exists(child):
+        _, left = psutil.wait_procs([psutil.Process(child)], timeout=20)
+        for each in left:
+            each.kill()
+        assert not left
+
+
+def test_an_interrupted_prediction_waits_for_no_child_that_is_stuck(tmp_path):
+    (tmp_path / "scan.dcm").write_bytes(jpeg_dicom())
+    code = """if True:
+        import os, signal, sys, threading, time
+        import numpy as np
+        from zoo.data import apart
+        from zoo.deployment.predictor import Predictor
+        from zoo.runs import Preprocessing
+
+        def interrupt():
+            while not apart._busy: time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        whole = dict(crop_pct=1, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
+        network = lambda images: (np.zeros((len(images), 2), np.float32), None)
+        predictor = Predictor(network, Preprocessing(image_size=16, **whole), ["a", "b"])
+        files = [sys.argv[1]] * 9
+        assert [each.error for each in predictor.predict(files)] == [None] * 9
+        for children in apart._idle.values():
+            for child in children: os.kill(child._process.pid, signal.SIGSTOP)
+        apart._SECONDS = 10_000
+        threading.Thread(target=interrupt).start()
+        try: predictor.predict(files)
+        except KeyboardInterrupt: print("interrupted")
+        assert not apart._busy
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "scan.dcm")]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=100)  # far less than 10000 seconds
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"interrupted\n", b"")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import resource
 import struct
 import subprocess
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from zoo.data.decode import BadImage, decode, pixel_sha256, resize
+from zoo.data.decode import BadImage, decode, pixel_sha256, read_header, read_size, resize
 from zoo.errors import ZooError
 
 RNG = np.random.default_rng(0)
@@ -414,3 +415,47 @@ def test_peak_memory_of_a_large_image_is_bounded():
     with pytest.raises(BadImage, match="too large"):
         decode(png_header(8001, 8000))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - limit < 50 * 1024
+
+
+NAME = b"Muster^Max 1.4.1960"
+
+
+def tiff_with_a_text_for_its_compression() -> bytes:
+    """A TIFF whose tag 259 is ASCII: Pillow's KeyError repeats it."""
+    data = encode(GREY, "TIFF")
+    place = data.index(struct.pack("<HHI", 259, 3, 1))
+    entry = struct.pack("<HHII", 259, 2, len(NAME) + 1, len(data))
+    return data[:place] + entry + data[place + 12 :] + NAME + b"\0"
+
+
+def png_with_a_chunk_called(name: bytes) -> bytes:
+    data = encode(COLOUR)
+    chunk = struct.pack(">I", 4) + name + b"abcd" + struct.pack(">I", zlib.crc32(name))  # a wrong sum
+    return data[:33] + chunk + data[33:]
+
+
+@pytest.mark.parametrize("read", [decode, read_header, read_size])
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff_with_a_text_for_its_compression(),
+        png_with_a_chunk_called(b"Must"),
+        png_with_a_chunk_called(b"19.4"),
+        b"P5 Muster 19.4.1960 255\n",
+        b"P5 4 4 Muster^Max\n",
+    ],
+)
+def test_no_reason_repeats_what_stands_in_the_file(read, data):
+    try:
+        read(data)
+    except BadImage as bad:
+        assert re.fullmatch(r"truncated|unreadable(: broken PNG file| \([A-Za-z]+\))", str(bad))
+    else:
+        assert read is not decode
+
+
+def test_what_pillow_says_of_the_kind_of_damage_stays():
+    bmp = bytearray(encode(COLOUR, "BMP"))
+    bmp[28] = 7  # bits a pixel
+    with pytest.raises(BadImage, match=r"^unreadable: Unsupported BMP pixel depth$"):
+        decode(bytes(bmp))

@@ -103,6 +103,30 @@ def test_what_is_no_single_image_is_named(tags, reason):
         decode(make_dicom(HOUNSFIELD.astype(np.int16), **tags), LUNG)
 
 
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        ({"Modality": "RTDOSE", "SOPClassUID": "1.2.3"}, "DICOM without an image (RTDOSE)"),
+        ({"Modality": "MUSTERMANN", "SOPClassUID": "1.2.3"}, "DICOM without an image"),
+        ({"Modality": "CT", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.2"}, "DICOM without an image (CT Image Storage)"),
+        ({"Modality": "CT", "SOPClassUID": "Mustermann"}, "DICOM without an image"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
+def test_of_a_dicom_without_an_image_only_terms_of_dicom_are_said(tags, reason):
+    from pydicom import dcmread, dcmwrite
+
+    made = dcmread(io.BytesIO(make_dicom(HOUNSFIELD.astype(np.int16))))
+    del made.PixelData
+    for key, value in tags.items():
+        setattr(made, key, value)
+    stream = io.BytesIO()
+    dcmwrite(stream, made)
+    with pytest.raises(BadImage) as bad:
+        decode(stream.getvalue(), LUNG)
+    assert str(bad.value) == reason
+
+
 def test_a_deflated_dicom_is_refused_before_it_is_unpacked():
     import zlib
 

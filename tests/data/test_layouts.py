@@ -329,3 +329,14 @@ def test_files_that_are_no_npz_are_refused(tmp_path):
         (tmp_path / "bad.npz").write_bytes(data)
         with pytest.raises(ZooError, match=r"bad.npz"):
             find_in_npz(tmp_path / "bad.npz", tmp_path / "images")
+
+
+def test_a_link_into_a_folder_that_may_not_be_read_costs_no_other_file(tmp_path, as_nobody):
+    touch(tmp_path, "data/a/1.png", "secret/sub/2.png")
+    (tmp_path / "data" / "a" / "link.png").symlink_to("../../secret/sub")
+    (tmp_path / "secret").chmod(0o700)
+    tmp_path.chmod(0o755)
+    imports = "from zoo.data.layouts import find_in_folder; from pathlib import Path"
+    assert as_nobody(imports, "print(find_in_folder(Path('data'), {}).paths)", tmp_path) == (
+        "['a/1.png', 'a/link.png']\n"
+    )

@@ -213,3 +213,42 @@ def test_the_nearest_name_is_told_and_staging_is_no_bundle(root):
 
 def test_an_empty_home_has_no_bundles(tmp_path):
     assert list_bundles(home(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "said"),
+    [
+        (".", 0o711, "'given'"),
+        ("model.onnx", 0o600, "'model.onnx'"),
+        (RECORD, 0o600, "'bundle.json'"),
+        (CARD, 0o600, "'card.md'"),
+    ],
+)
+def test_a_bundle_that_may_not_be_read_is_refused_in_one_line(tmp_path, as_nobody, path, mode, said):
+    folder = make(tmp_path / "given")
+    tmp_path.chmod(0o755)
+    (folder / path).chmod(mode)
+    imports = (
+        "from pathlib import Path; from zoo.errors import ZooError; from zoo.files import Home\n"
+        "from zoo.deployment.bundle import Bundle, open_bundle, read_record\n"
+        "record = read_record(Path('given'))"
+    )
+    code = (
+        "for call in (lambda: open_bundle('given', Home(Path('.'))), lambda: Bundle(Path('given'), record).card):\n"
+        "    try: call()\n"
+        "    except ZooError as error: print(error)"
+    )
+    told = as_nobody(imports, code, tmp_path).splitlines()
+    assert len(told) == 1 + (path == CARD)
+    assert all(f"refused: {said} cannot be read: Permission denied; export it again" in each for each in told)
+
+
+def test_a_folder_among_the_bundles_that_may_not_be_read_hides_no_other(tmp_path, as_nobody):
+    make(tmp_path / "models" / "bundles" / "a")
+    make(tmp_path / "models" / "bundles" / "b").chmod(0o700)
+    tmp_path.chmod(0o755)
+    imports = "from zoo.deployment.bundle import list_bundles; from zoo.files import Home; from pathlib import Path"
+    assert as_nobody(imports, "print(list_bundles(Home(Path('.'))))", tmp_path) == "['a']\n"
+    (tmp_path / "models" / "bundles").chmod(0o700)
+    code = "try: list_bundles(Home(Path('.')))\nexcept Exception as error: print(error)"
+    assert as_nobody(imports, code, tmp_path).startswith("cannot read the folder 'models/bundles': Permission denied;")

@@ -175,8 +175,8 @@ def test_many_threads_get_what_one_gets(bundled, bundle):
 
 def test_threads_are_as_asked(bundled, bundle):
     assert Predictor.load(bundle, bundled, threads=1).network.session.threads == 1
-    for threads in (0, -1):
-        with pytest.raises(ZooError, match=rf"threads must be 1 or more. Got {threads}"):
+    for threads in (0, -1, 1025, 99999999999):
+        with pytest.raises(ZooError, match=rf"threads must be 1 to 1024. Got {threads}; leave it out for all"):
             Predictor.load(bundle, bundled, threads=threads)
     with pytest.raises(ZooError, match=r"bundles run on the CPU. Got device 'cuda'; leave it out"):
         Predictor.load(bundle, bundled, device="cuda")
@@ -232,3 +232,43 @@ def test_openvino_says_the_same(bundled, bundle):
     one, two = (Predictor.load(each, bundled, threads=1).predict(images) for each in (bundle, other))
     for left, right in zip(one, two, strict=True):
         assert left.scores == pytest.approx(right.scores, abs=1e-4) and left.label == right.label
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("bad allocation")])
+def test_a_batch_too_large_for_the_memory_is_computed_in_parts(bundled, bundle, monkeypatch, error):
+    predictor, files, sizes = Predictor.load(bundle, bundled), image_files(bundled)[:7], []
+    expected, session = predictor.predict(files), predictor.network.session
+
+    def small(images: np.ndarray):
+        sizes.append(len(images))
+        if len(images) > most:
+            raise error
+        return session(images)
+
+    monkeypatch.setattr(predictor.network, "session", small)
+    most = 2
+    for found, wanted in zip(predictor.predict(files), expected, strict=True):
+        assert (found.path, found.label, found.error) == (wanted.path, wanted.label, None)
+        assert found.scores == pytest.approx(wanted.scores, abs=1e-5)
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+    most = 0
+    with pytest.raises(ZooError, match=r"^the network fails on one image: (MemoryError|bad allocation); free") as said:
+        predictor.predict(files)
+    assert "\n" not in str(said.value)
+
+
+def test_the_class_of_the_label_is_explained_though_the_centre_says_another(bundled, bundle, tmp_path, monkeypatch):
+    files = image_files(bundled)[:3]
+    run = find_run(bundle.record.run, bundled)
+    for predictor in (Predictor.load(bundle, bundled), Predictor.load(run, bundled, device="cpu")):
+        centre = [predictor.pixels(file.read_bytes()) for file in files]
+        highest = predictor.network(centre)[0].argmax(1)
+        other = [(int(each) + 1) % 3 for each in highest]
+        views = np.eye(3, dtype=np.float32)[other]  # as the mean of several views may say
+        with monkeypatch.context() as changes:
+            changes.setattr(predictor, "logits", lambda _images, said=views: (said, None))
+            found = predictor.predict(files, explain=tmp_path / "maps")
+        assert [each.label for each in found] == [predictor.classes[place] for place in other]
+        shown = np.stack([np.asarray(Image.open(each.explanation)) for each in found])
+        assert np.array_equal(shown, predictor.explain(np.stack(centre), other))
+        assert not np.array_equal(shown, predictor.explain(np.stack(centre), highest.tolist()))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import glob
 import io
 import os
+from pathlib import Path
 
 import pytest
 
-from zoo.deployment.images import Encoded, bytes_of, find_images, listed_images, name_of
+from zoo.deployment.images import Encoded, Lost, bytes_of, find_images, listed_images, name_of
 from zoo.errors import ZooError
 
 DICOM = bytes(128) + b"DICM"
@@ -64,6 +66,7 @@ def test_a_pattern_means_what_it_matches(folder, pattern, found):
         (["a" * 5000 + "*"], "matches no image"),
         (["ct/README", "empty"], r"folder 'empty' holds no image \(.bmp, "),
         ([], "no image was named"),
+        (["a.tif", ""], "a path is empty; give files, folders or patterns"),
     ],
 )
 def test_what_means_no_image_is_said(folder, given, said):
@@ -112,3 +115,63 @@ def test_bytes_come_from_regular_files_alone(folder):
         bytes_of(folder / "huge.png")
     with pytest.raises(FileNotFoundError):
         bytes_of(folder / "gone.png")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("b/**/*.[pP]*", ["b/2.png", "b/deep/3.PNG"]),
+        ("b/../**/3.*", ["b/../b/deep/3.PNG"]),
+        ("**/deep/*", ["b/deep/3.PNG"]),
+        ("**/b/**/?.*", ["b/1.jpeg", "b/2.png", "b/deep/3.PNG"]),
+        ("**/notes.txt", ["b/notes.txt"]),
+        ("**/.git/*.png", [".git/x.png"]),
+        ("**/.*.png", [".hidden.png"]),
+    ],
+)
+def test_any_depth_is_what_glob_takes_for_it(folder, pattern, found):
+    assert names(pattern) == found == sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+    assert names(str(folder / pattern)) == [str(folder / each) for each in found]
+
+
+def test_a_pattern_of_any_depth_takes_each_file_once_though_links_lead_in_circles(folder):
+    (folder / "b" / "again").symlink_to(".")
+    (folder / "b" / "deep" / "up").symlink_to("..")  # with two of them `glob` never ends
+    (folder / "b" / "self").symlink_to("../b")
+    assert names("b/**/*.png") == ["b/2.png"]
+    assert names("**/3.*") == ["b/deep/3.PNG"]
+
+
+def test_a_link_that_leads_nowhere_is_a_file_with_a_reason_where_it_is_called_an_image(folder):
+    for name, target in {"lost.png": "gone", "round.png": "round.png", "lost.txt": "gone", "lost": "gone"}.items():
+        (folder / "b" / name).symlink_to(target)
+    os.mkfifo(folder / "b" / "pipe.png")
+    found = ["b/1.jpeg", "b/2.png", "b/deep/3.PNG", "b/lost.png", "b/round.png"]
+    assert names("b") == found
+    assert names("**/[lr]o*.png") == names("b/[lr]o*.png") == found[3:]
+    with pytest.raises(FileNotFoundError):
+        bytes_of(folder / "b" / "lost.png")
+
+
+def test_what_may_not_be_read_is_a_file_with_a_reason(folder, as_nobody):
+    (folder / "secret").mkdir(mode=0o700)
+    (folder / "secret" / "x.png").touch()
+    (folder / "b" / "link.png").symlink_to("../secret/x.png")
+    folder.chmod(0o755)
+    imports = "from zoo.deployment.images import find_images, listed_images; import io"
+    code = "for given in ('b/link.png', 'b/l*.png', 'b/**/l*', 'b'): print(*find_images([given]))\n"
+    code += "print(listed_images(io.BytesIO(b'secret\\na.tif\\nb/link.png'), 'list'))"
+    told = as_nobody(imports, code, folder).splitlines()
+    assert told[:4] == ["b/link.png"] * 3 + ["b/1.jpeg b/2.png b/deep/3.PNG b/link.png"]
+    assert "Lost(name='secret', reason=\"cannot read the folder 'secret': Permission denied" in told[4]
+    assert "PosixPath('a.tif'), PosixPath('b/link.png')" in told[4]
+
+
+def test_a_folder_of_a_list_without_images_is_a_row_with_a_reason(folder):
+    (folder / "empty").mkdir()
+    (folder / "ct2").symlink_to("ct2")
+    lost, found, link = listed_images(io.BytesIO(b"empty\na.tif\nct2"), "list")
+    assert (lost, found, link) == (Lost("empty", "the folder holds no image"), Path("a.tif"), Path("ct2"))
+    assert name_of(lost) == "empty"
+    with pytest.raises(ValueError, match=r"^the folder holds no image$"):
+        bytes_of(lost)

@@ -73,6 +73,9 @@ def main() -> NoReturn:
     """Run the command line; a user's mistake is one line on standard error and exit code 1."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     signal.signal(signal.SIGTERM, _terminate)
+    # Where whoever starts it closed them (`>&-`), Python has None.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
     try:
         code = app(standalone_mode=False)
         if code == EXIT_SIGINT:  # typer turns an interruption into this number, whatever the signal was

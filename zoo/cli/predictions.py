@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,7 +44,7 @@ def predict(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write .csv or .jsonl, whole or not at all.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images that are computed together.", min=1, max=4096)] = 32,
-    threads: Annotated[int | None, typer.Option(help="Cores of one call; all where left out.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="Cores of one call; all where left out.", min=1, max=1024)] = None,
     device: Annotated[str, typer.Option(help="Of a run: auto, cpu, cuda or mps. Bundles run on the CPU.")] = "auto",
     explain: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder for pictures of where the network looked.")
@@ -90,20 +91,28 @@ def _sources(paths: list[str], paths_from: str | None) -> list[Source]:
         if each != "-":
             found += find_images([each])
             continue
-        data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+        data = _standard_input().read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise ZooError(f"standard input holds more than {MAX_FILE_BYTES >> 20} MiB; give one image")
         found.append(Encoded("-", data))
     return found + (_listed(paths_from) if paths_from is not None else [])
 
 
-def _listed(file: str) -> list[Path]:
+def _standard_input() -> IO[bytes]:
+    from zoo.errors import ZooError
+
+    if sys.stdin is None:
+        raise ZooError("standard input is closed; send an image or a list of paths there, or name files")
+    return sys.stdin.buffer
+
+
+def _listed(file: str) -> list[Source]:
     from zoo.deployment.images import listed_images
     from zoo.errors import ZooError, one_line
     from zoo.files import user_path
 
     if file == "-":
-        return listed_images(sys.stdin.buffer, "-")
+        return listed_images(_standard_input(), "-")
     try:
         with user_path(file).open("rb") as stream:
             return listed_images(stream, file)
@@ -114,6 +123,7 @@ def _listed(file: str) -> list[Path]:
 
 def _form(json: bool, csv: bool, output: Path | None) -> str:
     from zoo.errors import ZooError, one_line
+    from zoo.files import user_path
 
     if json and csv:
         raise ZooError("--json and --csv exclude each other; take one")
@@ -122,6 +132,8 @@ def _form(json: bool, csv: bool, output: Path | None) -> str:
     form = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}.get(output.suffix.lower())
     if form is None or (json and form != "jsonl") or (csv and form != "csv"):
         raise ZooError(f"--output must end in .csv or .jsonl, as the format asked. Got {one_line(output)!r}")
+    if os.path.isdir(user_path(output)):  # noqa: PTH112
+        raise ZooError(f"cannot write {one_line(output)!r}: it is a folder; name a file")
     return form
 
 
@@ -202,8 +214,6 @@ def _table_row(found: Prediction) -> list[str]:
 
 def _print_rows(rows: list[list[str]]) -> None:
     """Print the table; the folder that all images lie in stands above it, not in every row."""
-    import os
-
     from zoo.cli.screen import print_table
 
     folders = [os.path.dirname(row[0]) for row in rows]  # noqa: PTH120

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,6 +59,8 @@ class Child:
             stderr=subprocess.DEVNULL,  # libraries print there what they find in a file
             bufsize=0,
         )
+        if self._process.stdin is not None:
+            os.set_blocking(self._process.stdin.fileno(), False)
 
     def stop(self) -> None:
         """End the process."""
@@ -76,13 +78,19 @@ class Child:
         if process is not None:
             process.kill()
 
-    def write(self, *parts: bytes) -> None:
-        """Send bytes; raises OSError where the process has died."""
+    def write(self, *parts: bytes, end: float) -> None:
+        """Send bytes; raises OSError where the process has died, TimeoutError at `end` of `time.monotonic`."""
         assert self._process is not None and self._process.stdin is not None
-        for part in parts:
-            view = memoryview(part)
-            while view:
-                view = view[os.write(self._process.stdin.fileno(), view[: 1 << 20]) :]
+        stream = self._process.stdin
+        with selectors.DefaultSelector() as chosen:
+            chosen.register(stream, selectors.EVENT_WRITE)
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    if not chosen.select(max(0.0, end - time.monotonic())):
+                        raise TimeoutError
+                    with contextlib.suppress(BlockingIOError):
+                        view = view[os.write(stream.fileno(), view[: 1 << 20]) :]
 
     def read(self, count: int, end: float) -> bytearray:
         """Return so many bytes; raises EOFError where the process dies, TimeoutError at `end` of `time.monotonic`."""
@@ -121,8 +129,9 @@ def ask(module: str, data: bytes, most_bytes: int) -> Array:
     whole = False
     try:
         child.start()
+        _busy[threading.get_ident()] = child
         end = time.monotonic() + _SECONDS
-        child.write(_ASKED.pack(len(data)), data)
+        child.write(_ASKED.pack(len(data)), data, end=end)
         kind, dtype, *sides, size = _TOLD.unpack(child.read(_TOLD.size, end))
         body = child.read(size, end)
         whole = True
@@ -131,6 +140,7 @@ def ask(module: str, data: bytes, most_bytes: int) -> Array:
     except (EOFError, OSError):
         raise ChildFault("its decoder gave up") from None
     finally:  # whatever interrupts it: half an answer must not be taken for the next one's
+        _busy.pop(threading.get_ident(), None)
         if whole:
             with _lock:
                 idle.append(child)
@@ -143,6 +153,18 @@ def ask(module: str, data: bytes, most_bytes: int) -> Array:
 
 _lock = threading.Lock()
 _idle: dict[tuple[int, str, int], list[Child]] = {}
+_busy: dict[int, Child] = {}  # by the thread that waits for its answer
+
+
+def stop_all(threads: Collection[threading.Thread]) -> None:
+    """Return when threads that are to end have ended, whose children are killed and not waited for."""
+    for thread in threads:
+        while thread.is_alive():  # one may have been about to ask
+            for each in threads:
+                child = _busy.get(each.ident or 0) if each.is_alive() else None
+                if child is not None:
+                    child.kill()
+            thread.join(0.05)
 
 
 @atexit.register
@@ -158,7 +180,8 @@ def answer_with(function: Callable[[bytes], Array], most_bytes: int) -> None:
         while head := taken.read(_ASKED.size):
             data = taken.read(*_ASKED.unpack(head))
             try:
-                array = np.ascontiguousarray(function(data))
+                with at_most(_SECONDS + 5):
+                    array = np.ascontiguousarray(function(data))
             except Exception as error:
                 name = type(error).__name__.encode("ascii", "replace")
                 given.write(_TOLD.pack(b"E", b"", 0, 0, 0, len(name)) + name)
@@ -167,6 +190,23 @@ def answer_with(function: Callable[[bytes], Array], most_bytes: int) -> None:
                 given.write(_TOLD.pack(b"A", array.dtype.str.encode(), *sides, array.nbytes))
                 given.write(array.data)
             given.flush()
+
+
+@contextlib.contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """End this process, a child, where the block takes longer: its parent may have died, which nothing else tells it.
+
+    No signal handler of Python runs while a C library loops, but the signal's own effect needs none.
+    """
+    if not hasattr(signal, "alarm"):
+        yield
+        return
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 @contextlib.contextmanager

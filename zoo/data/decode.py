@@ -59,6 +59,21 @@ _CUT_OFF = re.compile(
     "more data",
     re.I,
 )
+# What Pillow says, less what it adds in brackets, that holds nothing of a file.
+_SAID = frozenset(
+    (
+        "not a JPEG file",
+        "not a PNG file",
+        "no marker found",
+        "bad quantization table marker",
+        "broken PNG file",
+        "Unsupported BMP header type",
+        "Unsupported BMP pixel depth",
+        "Unsupported BMP bitfields layout",
+        "Unsupported BMP compression",
+        "unrecognized data stream contents when reading image file",
+    )
+)
 _TIFF_TILE = (322, 323, 278)  # TileWidth, TileLength, RowsPerStrip
 
 # Without any handler Python prints Pillow's complaints about odd TIFFs on standard error.
@@ -301,12 +316,14 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _reason(error: Exception) -> str:
+    """Return why an image cannot be read, with no text of its own: Pillow's errors repeat tags and names of chunks."""
     text = one_line(error, 120)
     if isinstance(error, EOFError) or _CUT_OFF.search(text):
         return "truncated"
     if isinstance(error, (Image.DecompressionBombError, MemoryError)):
         return "too large"
-    return f"unreadable: {text or type(error).__name__}"
+    plain = text.split(" (")[0]
+    return f"unreadable: {plain}" if plain in _SAID else f"unreadable ({type(error).__name__})"
 
 
 _quiet_lock = threading.Lock()

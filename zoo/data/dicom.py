@@ -267,9 +267,11 @@ def _transfer_syntax(data: bytes) -> bytes:
 def _check_header(dataset: Any, max_pixels: int) -> None:
     """Raise DicomFault for what is no single image, or would cost too much, before any pixel is decoded."""
     try:
-        modality, kind = _modality(dataset), getattr(dataset.get("SOPClassUID"), "name", "")
+        modality, uid = _modality(dataset), dataset.get("SOPClassUID")
+        kind = getattr(uid, "name", "")  # one that is not in DICOM's dictionary is its own name
         if modality in _NO_IMAGES or not any(keyword in dataset for keyword in _PIXEL_KEYWORDS):
-            what = kind if re.fullmatch(r"[A-Za-z0-9 ()/-]{3,80}", kind) and "." not in kind else modality
+            named = kind != str(uid) and re.fullmatch(r"[A-Za-z0-9 ()/-]{3,80}", kind)
+            what = kind if named else modality if modality in _NO_IMAGES else ""
             raise DicomFault(f"DICOM without an image{f' ({what})' if what else ''}", no_image=True)
         rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
         frames, samples = int(dataset.get("NumberOfFrames") or 1), int(dataset.get("SamplesPerPixel") or 1)

@@ -265,11 +265,14 @@ def no_image(path: Path) -> str:
 
 
 def _entries(folder: Path) -> list[tuple[Path, bool]]:
-    """Return the path of each entry that counts, sorted, and whether it is a folder or a link to one."""
+    """Return the path of each entry that counts, sorted, and whether it is a folder or a link to one.
+
+    A link that cannot be followed, into a folder without rights too, is none.
+    """
     try:
         with os.scandir(folder) as entries:
             shown = [
-                (Path(each.path), Path(each.path).is_dir() if each.is_symlink() else each.is_dir())
+                (Path(each.path), os.path.isdir(each.path) if each.is_symlink() else each.is_dir())  # noqa: PTH112
                 for each in entries
                 if not each.name.startswith(".") and each.name not in _IGNORED
             ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -127,18 +128,20 @@ class Bundle:
 
     @property
     def card(self) -> str:
-        """Return the model card, Markdown."""
-        return (self.path / CARD).read_text(encoding="utf-8")
+        """Return the model card, Markdown; raises ZooError where it cannot be read."""
+        with _readable(self.path):
+            return (self.path / CARD).read_text(encoding="utf-8")
 
 
 def open_bundle(name: str | os.PathLike[str], root: Home | None = None) -> Bundle:
     """Return the bundle of a name below the home, or of a folder, after verifying the SHA-256 of every file.
 
-    Raises ZooError where there is none, a byte was changed, or the folder holds anything else: a foreign file, a link,
-    a folder.
+    Raises ZooError where there is none, a byte was changed, a file cannot be read, or the folder holds anything else: a
+    foreign file, a link, a folder.
     """
     folder = find_bundle(name, root)
-    listed = _check_sums(folder)
+    with _readable(folder):
+        listed = _check_sums(folder)
     record = read_record(folder)
     expected = {*MODEL_FILES[record.format], CARD, SAMPLE}
     if set(record.files) != expected or set(listed) != expected | {RECORD}:
@@ -150,7 +153,9 @@ def open_bundle(name: str | os.PathLike[str], root: Home | None = None) -> Bundl
 
 def read_record(folder: Path) -> BundleRecord:
     """Return what a bundle's folder says of itself, unverified: for a listing; raises ZooError where it is damaged."""
-    if (folder / RECORD).stat().st_size > MAX_RECORD_BYTES:
+    with _readable(folder):
+        size = (folder / RECORD).stat().st_size
+    if size > MAX_RECORD_BYTES:
         raise _refused(folder, f"{RECORD} is larger than {MAX_RECORD_BYTES >> 20} MiB")
     try:
         record = BundleRecord.model_validate(read_json(folder / RECORD))
@@ -194,9 +199,14 @@ def find_bundle(name: str | os.PathLike[str], root: Home | None = None) -> Path:
 def list_bundles(root: Home | None = None) -> list[str]:
     """Return the names of the bundles below the home, sorted; none of them is verified yet."""
     folder = (root or home()).bundles
-    if not folder.is_dir():
+    try:
+        names = [path.name for path in folder.iterdir() if path.name[0] != "."]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(path.name for path in folder.iterdir() if path.name[0] != "." and (path / RECORD).is_file())
+    except OSError as error:
+        reason = one_line(error.strerror or error)
+        raise ZooError(f"cannot read the folder {one_line(folder)!r}: {reason}; check its rights") from error
+    return sorted(name for name in names if os.path.isfile(folder / name / RECORD))  # noqa: PTH113
 
 
 def sums_text(digests: dict[str, str]) -> str:
@@ -235,6 +245,15 @@ def _check_sums(folder: Path) -> dict[str, str]:
         what = f"{changed[0]} was changed" if changed else f"{one_line(missing[0])} is missing" if missing else ""
         raise _refused(folder, what or f"{SUMS} was changed")
     return digests
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        file = one_line(Path(error.filename or folder).name)
+        raise _refused(folder, f"{file!r} cannot be read: {one_line(error.strerror or error)}") from error
 
 
 def _refused(folder: Path, why: str) -> ZooError:

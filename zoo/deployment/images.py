@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO
 
@@ -25,7 +27,15 @@ class Encoded:
     data: bytes
 
 
-Source = Path | Encoded
+@dataclass(frozen=True)
+class Lost:
+    """What a list names and gives no image: its row says why."""
+
+    name: str
+    reason: str
+
+
+Source = Path | Encoded | Lost
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -33,15 +43,19 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
     A file is itself, whatever its ending; a folder all images below it, in order of names, DICOM without an ending
     included, hidden ones not. What is no path but a pattern (`*`, `?`, `[...]`, `**` for any depth) stands for what it
-    matches, each file once, and of folders that it matches only images count.
+    matches, each file once, and of folders that it matches only images count. Links are followed, but not back to a
+    folder that they lie in; one that leads nowhere is a file that cannot be read.
 
-    Raises ZooError where a path is not there, a pattern matches nothing, a folder holds no image, or no path is given.
+    Raises ZooError where a path is empty or not there, a pattern matches nothing, a folder holds no image, or no path
+    is given.
     """
     found: list[Path] = []
     for given in paths:
+        if not os.fspath(given):
+            raise ZooError("a path is empty; give files, folders or patterns, . for the current folder")
         path = user_path(given)
         if os.path.lexists(path):  # unlike Path.exists it takes a name that is too long
-            found += _folder(path) if path.is_dir() else [path]
+            found += _folder(path) if os.path.isdir(path) else [path]  # noqa: PTH112  # Path.is_dir raises EACCES
         elif glob.has_magic(os.fspath(path)):
             found += _matching(path)
         else:
@@ -59,28 +73,70 @@ def _folder(folder: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    return [path for path in files_below(folder) if may_be_image(path) and path.is_file()]
+    return [path for path in files_below(folder) if may_be_image(path) and _counts(path)]
+
+
+def _counts(path: Path) -> bool:
+    """Return whether a path is a regular file, or cannot be looked at: then its row says why."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
+    except ValueError:  # a zero byte
+        return False
 
 
 def _matching(pattern: Path) -> list[Path]:
-    text = os.fspath(pattern)
-    matched = [Path(each) for each in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
+    text, deep = os.fspath(pattern), "**" in pattern.parts
+    matched = sorted(set(_walked(Path(), list(pattern.parts))) if deep else map(Path, glob.glob(text)), key=os.fspath)  # noqa: PTH207
     # `**/*` matches everything, so what an ending of the pattern did not ask for must look like an image.
     named = bool(Path(text).suffix) and not glob.has_magic(Path(text).suffix)
-    files = {path: None for path in matched if path.is_file() and (named or may_be_image(path))}
-    if "**" not in Path(text).parts:  # else what lies below matches by itself
-        files |= {path: None for folder in matched if folder.is_dir() for path in _below(folder)}
+    files = {path: None for path in matched if _counts(path) and (named or may_be_image(path))}
+    if not deep:  # else what lies below matches by itself
+        folders = [path for path in matched if os.path.isdir(path)]  # noqa: PTH112
+        files |= {path: None for folder in folders for path in _below(folder)}
     if not files:
         raise ZooError(f"pattern {one_line(text)!r} matches no image; check it, and put it in quotes")
     return list(files)
 
 
-def listed_images(stream: IO[bytes], name: str) -> list[Path]:
+def _walked(folder: Path, parts: list[str], above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Yield what a pattern's parts match in a folder, as `glob` does, which follows a link to `.` 40 times over.
+
+    above: the folders that `**` has gone through, which it does not enter again.
+    """
+    if not parts:
+        yield folder
+        return
+    first, rest = parts[0], parts[1:]
+    if not glob.has_magic(first):
+        if os.path.lexists(folder / first):
+            yield from _walked(folder / first, rest)
+        return
+    try:
+        facts, names = folder.stat(), sorted(os.listdir(folder))  # noqa: PTH208
+    except OSError:  # no folder, or not to be read: as `glob`, which passes it over
+        return
+    here = (facts.st_dev, facts.st_ino)
+    if first != "**":
+        for name in names:
+            if fnmatchcase(name, first) and (name[0] != "." or first[0] == "."):
+                yield from _walked(folder / name, rest)
+    elif here not in above:
+        yield from _walked(folder, rest) if rest else ()
+        for name in names:
+            if name[0] != ".":
+                yield from () if rest else (folder / name,)
+                yield from _walked(folder / name, parts, above | {here})
+
+
+def listed_images(stream: IO[bytes], name: str) -> list[Source]:
     """Return the files of a list, one a line, or with zero bytes between them as `find -print0` writes them.
 
     A folder means all images below it. Names are bytes, whatever their encoding; empty lines are left out. What is not
-    there is listed too: it becomes a row with that reason, so that one lost file costs no list its other rows. Raises
-    ZooError where the list, called so, names nothing or is larger than 256 MiB.
+    there is listed too, and so is a folder that holds no image or cannot be read: it becomes a row with that reason, so
+    that one lost file costs no list its other rows. Raises ZooError where the list, called so, names nothing or is
+    larger than 256 MiB.
     """
     data = stream.read(MAX_LIST_BYTES + 1)
     if len(data) > MAX_LIST_BYTES:
@@ -90,14 +146,26 @@ def listed_images(stream: IO[bytes], name: str) -> list[Path]:
     paths = [Path(os.fsdecode(part)) for part in parts if part.strip()]
     if not paths:
         raise ZooError(f"list {one_line(name)!r} names no path; write one on each line")
-    return [file for path in paths for file in (_folder(path) if os.path.isdir(path) else [path])]  # noqa: PTH112
+    return [source for path in paths for source in _of_list(path)]
+
+
+def _of_list(path: Path) -> list[Source]:
+    if not os.path.isdir(path):  # noqa: PTH112
+        return [path]
+    try:
+        return [*_below(path)] or [Lost(str(path), "the folder holds no image")]
+    except ZooError as error:
+        return [Lost(str(path), str(error))]
 
 
 def bytes_of(source: Source) -> bytes:
     """Return an image's bytes.
 
-    Raises OSError where the file cannot be read, ValueError where it is no regular file or larger than MAX_FILE_BYTES.
+    Raises OSError where the file cannot be read, ValueError where it is no regular file, larger than MAX_FILE_BYTES, or
+    Lost.
     """
+    if isinstance(source, Lost):
+        raise ValueError(source.reason)  # noqa: TRY004
     if isinstance(source, Encoded):
         return source.data
     size = source.stat().st_size
@@ -110,4 +178,4 @@ def bytes_of(source: Source) -> bytes:
 
 def name_of(source: Source) -> str:
     """Return what the row of an image is called."""
-    return source.name if isinstance(source, Encoded) else str(source)
+    return str(source) if isinstance(source, Path) else source.name

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from zoo.data.apart import stop_all
 from zoo.data.decode import MAX_PIXELS, BadImage, decode, resize
 from zoo.data.transforms import center_crop, normalise
 from zoo.data.views import views_of
@@ -35,6 +36,7 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Images = Pixels | Sequence[Pixels]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
+MAX_THREADS = 1024
 _EXPLAINED = 16  # images at once: gradients need more memory than scores
 
 
@@ -55,8 +57,8 @@ class Network(Protocol):
         """Return logits and class maps of images."""
         ...
 
-    def explain(self, batch: Pixels) -> Pixels:
-        """Return images with where the network looked laid over; raises ZooError where that cannot be told."""
+    def explain(self, batch: Pixels, targets: Sequence[int]) -> Pixels:
+        """Return images with where the network looked for each one's class; raises ZooError where nobody can tell."""
         ...
 
 
@@ -102,14 +104,18 @@ class BundleNetwork:
         kept: Floats | None = getattr(self._own, "values", None)
         if kept is None or len(kept) < len(images) or kept.shape[1:] != (colours, height, width):
             kept = self._own.values = np.empty((len(images), colours, height, width), np.float32)
-        return self.session(normalise(images, self.preprocessing, kept[: len(images)]))
+        try:
+            return self.session(normalise(images, self.preprocessing, kept[: len(images)]))
+        except Exception:
+            self._own.values = None  # a smaller batch that is tried next needs the room
+            raise
 
-    def explain(self, batch: Pixels) -> Pixels:
-        """Return each image with the map of its class laid over; raises ZooError where the network gives no map."""
-        logits, maps = self(batch)
+    def explain(self, batch: Pixels, targets: Sequence[int]) -> Pixels:
+        """Return each image with the map of its class of targets; raises ZooError where the network gives no map."""
+        _, maps = self(batch)
         if maps is None:
             raise ZooError("this bundle's network gives no map of its image; explain its run, which needs torch")
-        heats = heat_of(maps, logits.argmax(1).tolist())
+        heats = heat_of(maps, targets)
         return np.stack([overlay(image, heat) for image, heat in zip(batch, heats, strict=True)])
 
 
@@ -145,13 +151,13 @@ class Predictor:
     ) -> Predictor:
         """Return the predictor of a bundle or a finished run, given itself, by name, or by its folder.
 
-        device: of a run; bundles run on the CPU. threads: cores of one call, all that may be used where left out. A
-        bundle is verified first, and its sample must get the answer that it got when it was exported. Raises ZooError
-        where there is no such bundle or run, it did not finish or was changed, its runtime is not installed, or a
-        bundle is asked for another device.
+        device: of a run; bundles run on the CPU. threads: cores of one call, 1 to 1024, all that may be used where left
+        out. A bundle is verified first, and its sample must get the answer that it got when it was exported. Raises
+        ZooError where there is no such bundle or run, it did not finish or was changed, its runtime is not installed,
+        or a bundle is asked for another device.
         """
-        if threads is not None and threads < 1:
-            raise ZooError(f"threads must be 1 or more. Got {threads}; leave it out for all {cores()}")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise ZooError(f"threads must be 1 to {MAX_THREADS}. Got {threads}; leave it out for all {cores()}")
         found = source if isinstance(source, Bundle | Run) else _find(os.fspath(source), root)
         if isinstance(found, Bundle):
             if device not in ("auto", "cpu"):
@@ -233,13 +239,13 @@ class Predictor:
         """Return what is said of each row of logits (B, C); raises ZooError where one is not finite."""
         return answers_of(logits, self.classes, self.rules, self.negative_class)
 
-    def explain(self, batch: Pixels) -> Pixels:
-        """Return where the network looked for the class it predicts: uint8 (B, size, 2 x size, 3).
+    def explain(self, batch: Pixels, targets: Sequence[int]) -> Pixels:
+        """Return where the network looked in the centre view for a class of each image: uint8 (B, size, 2 x size, 3).
 
-        batch: uint8 (B, size, size, 3), as `pixels` gives them; they stand at the left of their maps. Raises ZooError
-        where the network keeps no map of its image.
+        batch: uint8 (B, size, size, 3), as `pixels` gives them; they stand at the left of their maps. targets: B
+        places in `classes`. Raises ZooError where the network keeps no map of its image.
         """
-        return np.concatenate([batch, self.network.explain(batch)], axis=2)
+        return np.concatenate([batch, self.network.explain(batch, targets)], axis=2)
 
     def predict(
         self,
@@ -249,8 +255,9 @@ class Predictor:
     ) -> list[Prediction]:
         """Return one prediction for each image file; folders are searched. Bad files are rows with a reason.
 
-        explain: a folder for one PNG per image that shows where the network looked. Raises ZooError where a path is not
-        there, a folder holds no image, the folder cannot be written, or the network keeps no map of its image.
+        explain: a folder for one PNG per image that shows where the network looked for its label. Raises ZooError
+        where a path is not there, a folder holds no image, the folder cannot be written, the network keeps no map of
+        its image, or it fails on a single image.
         """
         return list(self.stream(find_images(paths), batch_size, explain))
 
@@ -264,13 +271,31 @@ class Predictor:
                 raise ZooError("explain needs a folder for its pictures. Got an empty name")
             folder = user_path(explain)
             check_writable(folder)
-        numbered = enumerate(files)
-        pool = ThreadPoolExecutor(min(batch_size, cores()), "zoo-decode")
+        numbered, threads = enumerate(files), list[threading.Thread]()
+        pool = ThreadPoolExecutor(
+            min(batch_size, cores()), "zoo-decode", lambda: threads.append(threading.current_thread())
+        )
         try:
             while batch := list(islice(numbered, batch_size)):
                 yield from self._batch(batch, folder, pool)
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_all(threads)  # only where it was interrupted is one at work
+
+    def _logits(self, images: Sequence[Pixels]) -> Floats:
+        """Return logits (B, C); of fewer images at once where a batch is too large for the memory."""
+        try:
+            return self.logits(images)[0]
+        except ZooError:
+            raise
+        except Exception as error:  # each runtime has kinds of its own, and may call want of memory a plain failure
+            if len(images) == 1:
+                why = one_line(error, 160) or type(error).__name__
+                raise ZooError(
+                    f"the network fails on one image: {why}; free memory, or export the bundle again"
+                ) from error
+        half = len(images) // 2
+        return np.concatenate([self._logits(images[:half]), self._logits(images[half:])])
 
     def _prepared(self, source: Source) -> Pixels | Prediction:
         """Return a source's image prepared, or the row that says why there is none; called in several threads."""
@@ -296,11 +321,10 @@ class Predictor:
                 images[number] = prepared
         sources = dict(numbered)
         if images:
-            logits, _ = self.logits(list(images.values()))
-            for number, row in zip(images, logits, strict=True):
+            for number, row in zip(images, self._logits(list(images.values())), strict=True):
                 found[number] = self._prediction(sources[number], row)
-        good = {number: image for number, image in images.items() if found[number].error is None}
-        shown = self._write_explanations(good, sources, folder) if folder is not None and good else {}
+        good = {number: found[number] for number in images if found[number].error is None}
+        shown = self._write_explanations(good, images, folder) if folder is not None else {}
         for number in sources:
             yield replace(found[number], explanation=shown.get(number))
 
@@ -322,16 +346,17 @@ class Predictor:
         )
 
     def _write_explanations(
-        self, images: dict[int, Pixels], sources: dict[int, Source], folder: Path
+        self, rows: dict[int, Prediction], images: dict[int, Pixels], folder: Path
     ) -> dict[int, str]:
         """Write a picture for each image and return the files; a number before the name keeps two of one name apart."""
         found: dict[int, str] = {}
-        numbers, size = list(images), self.preprocessing.image_size
+        numbers, size = list(rows), self.preprocessing.image_size
         for start in range(0, len(numbers), _EXPLAINED):
             part = numbers[start : start + _EXPLAINED]
-            pictures = self.explain(np.stack([center_crop(images[each], size) for each in part]))
+            targets = [self.classes.index(rows[each].label or "") for each in part]
+            pictures = self.explain(np.stack([center_crop(images[each], size) for each in part]), targets)
             for number, picture in zip(part, pictures, strict=True):
-                name = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name_of(sources[number])).stem)[:60]
+                name = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(rows[number].path).stem)[:60]
                 target = folder / f"{number:05d}-{name}.png"
                 with atomic_writer(target) as stream:
                     Image.fromarray(picture).save(stream, "PNG")

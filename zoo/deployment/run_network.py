@@ -38,15 +38,13 @@ class RunNetwork:
             logits: torch.Tensor = self.model(self.precision.place(values)).float().cpu()
         return logits.numpy(), None
 
-    def explain(self, batch: Pixels) -> Pixels:
-        """Return each image with where the network looked for the class it predicts: uint8 (B, S, S, 3).
+    def explain(self, batch: Pixels, targets: Sequence[int]) -> Pixels:
+        """Return each image with where the network looked for its class of `targets`: uint8 (B, S, S, 3).
 
         Raises ZooError where the network keeps no map of its image.
         """
         images = normalise_tensor(torch.from_numpy(batch).to(self.device), self.preprocessing)
-        with torch.no_grad():
-            targets = self.model(images).argmax(dim=1)
-        maps = activation_maps(self.model, images, targets).numpy()
+        maps = activation_maps(self.model, images, torch.tensor(targets, device=self.device)).numpy()
         return np.stack([overlay(image, heat) for image, heat in zip(batch, maps, strict=True)])
 
 

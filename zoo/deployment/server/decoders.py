@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from zoo.data.apart import Child, streams
+from zoo.data.apart import Child, at_most, streams
 from zoo.data.decode import MAX_ASPECT, BadImage
 from zoo.deployment.predictor import prepare
 from zoo.deployment.server.limits import HEAVY_PIXELS, Refused, check_image, refused_image
@@ -21,6 +21,7 @@ _ASKED = struct.Struct("!?IIQ")  # whether a heavy image may be decoded; most pi
 # P: height and width, those of the header, then each colour; E: status and bytes of the reason; H: heavy
 _TOLD = struct.Struct("!c4I")
 _MOST_REASON = 1000
+_MOST_SECONDS = 60  # of an image whose server has died; a living one gives up long before
 _BYTES_A_PIXEL = 32  # float64 values on their way through a window, and copies
 
 
@@ -61,7 +62,7 @@ class Decoder:
         facts = preprocessing.model_dump_json().encode()
         end = time.monotonic() + self.seconds
         try:
-            self.child.write(_ASKED.pack(heavy, self.max_pixels, len(facts), len(data)), facts, data)
+            self.child.write(_ASKED.pack(heavy, self.max_pixels, len(facts), len(data)), facts, data, end=end)
             kind, first, second, *sides = _TOLD.unpack(self.child.read(_TOLD.size, end))
             if kind == b"H":
                 raise Heavy
@@ -90,7 +91,9 @@ def work(most_bytes: int) -> None:
         while head := taken.read(_ASKED.size):
             heavy, max_pixels, facts, length = _ASKED.unpack(head)
             preprocessing = Preprocessing.model_validate_json(taken.read(facts))
-            _answer(given, taken.read(length), preprocessing, max_pixels, heavy)
+            data = taken.read(length)
+            with at_most(_MOST_SECONDS):
+                _answer(given, data, preprocessing, max_pixels, heavy)
             given.flush()
 
 
