@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -47,11 +48,12 @@ class Session:
 def cores() -> int:
     """Return how many cores this process may use, also where a container has a share of the machine's time alone."""
     known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(known, _quota() or known)
+    share = core_quota()
+    return known if share is None else min(known, max(1, math.ceil(share)))
 
 
-def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
-    """Return the cores that a control group (version 2) allows, rounded up, at least 1; None where it sets no limit.
+def core_quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
+    """Return how many cores' time a control group (version 2) allows; None where it sets no limit.
 
     The kernel's `cpu.max`: microseconds of computing, or `max`, and of the period.
     """
@@ -59,7 +61,7 @@ def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
         most, period = (int(each) for each in file.read_text(encoding="ascii").split())
     except (OSError, ValueError):
         return None
-    return max(1, -(-most // period)) if period > 0 else None
+    return most / period if period > 0 else None
 
 
 def _open_onnx(file: Path, precision: str, threads: int) -> tuple[Run, list[str], str]:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from zoo.deployment.bundle import MODEL_FILES, Bundle
-from zoo.deployment.runtime import cores
+from zoo.deployment.runtime import core_quota, cores
 from zoo.files import digest_of
 from zoo.runs import Run
 from zoo.training.environment import processor
@@ -112,15 +112,11 @@ def installed(package: str) -> str | None:
 
 def machine() -> dict[str, Any]:
     """Return what makes two machines differ: processor, cores this process may use, their quota, memory, system."""
-    quota = None
-    with suppress(OSError, ValueError):
-        most, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        quota = None if most == "max" else int(most) / int(period)
     memory = memory_kib("MemTotal")
     return {
         "processor": processor(),
         "cores": cores(),
-        "core_quota": quota,
+        "core_quota": core_quota(),
         "memory_gib": None if memory is None else round(memory / (1 << 20), 1),
         "system": sys.platform,
     }

@@ -175,9 +175,9 @@ class WorkQueue:
             self._own.decoder = Decoder(self.limits.pixels, self.limits.decode_s)
             self._started.append(self._own.decoder)
         decoder: Decoder = self._own.decoder
-        if self._stopped:  # `stop` may not have seen it yet
-            decoder.kill()
         decoder.start()
+        if self._stopped:  # `stop` may not have seen this process
+            decoder.kill()
         return decoder
 
     def _decode(self, job: _Job, heavy: bool) -> None:
