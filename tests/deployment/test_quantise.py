@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -76,7 +78,64 @@ def test_every_variant_passes_keeps_its_map_and_predicts(trained, run, form, pre
         assert bundle.size_bytes < 0.7 * plain.size_bytes
     file = next(load_dataset("tiny", trained).root.rglob("*.png"))
     assert Predictor.load(bundle).predict([file])[0].error is None
-    assert sys.modules.get("openvino_telemetry") is None
+
+
+# The last conversion is the user's own, not ours, and shows that what calls home is seen.
+_CALLS = """
+import os, sys, time
+from pathlib import Path
+first, home, run, plain, file = sys.argv[1] == "first", *sys.argv[2:]
+heard = os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY)  # of children too: they do the calling
+def hear(event, given):
+    if event in ("socket.getaddrinfo", "socket.connect"):
+        os.write(heard, b"1")
+        raise OSError("no network")
+def calls():
+    return os.fstat(heard).st_size
+sys.addaudithook(hear)
+if first:
+    import nncf, openvino
+    time.sleep(1)
+before = calls()
+from zoo.deployment.export import export
+from zoo.deployment.predictor import Predictor
+from zoo.files import Home
+from zoo.runs import find_run
+at = Home(Path(home))
+for precision in ("float32", "int8"):
+    bundle = export(find_run(run, at), at, format="openvino", precision=precision, margin=1.0)
+Predictor.load(bundle)
+time.sleep(1)
+ours = calls() - before
+if first:
+    openvino.convert_model(plain)
+    until = time.monotonic() + 20
+    while calls() == before + ours and time.monotonic() < until:
+        time.sleep(0.1)
+print(ours, calls() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["first", "after"])
+def test_openvino_calls_nobody(trained, run, tmp_path, who):
+    plain = export(run, trained)
+    in_ci = ("CI", "TF_BUILD", "JENKINS_URL", "PYTEST_CURRENT_TEST")  # where it holds its tongue
+    environment = {name: value for name, value in os.environ.items() if name not in in_ci} | {"HOME": str(tmp_path)}
+    command = [
+        sys.executable,
+        "-c",
+        _CALLS,
+        who,
+        str(trained.root),
+        run.name,
+        str(plain.model_file),
+        str(tmp_path / "calls"),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ours, calls = map(int, done.stdout.split())
+    assert ours == 0 and (calls > 0) == (who == "first")
 
 
 @pytest.mark.slow

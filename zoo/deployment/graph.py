@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from zoo.deployment.bundle import MODEL_FILES
-from zoo.deployment.runtime import INPUT, LOGITS, MAP, Session
+from zoo.deployment.runtime import INPUT, LOGITS, MAP, Session, need_openvino
 from zoo.errors import ZooError, one_line
 from zoo.models.registry import classifier_of
 
@@ -215,17 +215,6 @@ def save_openvino(model: Any, folder: Path, half: bool = False) -> dict[str, Any
     return {"openvino": version("openvino")}
 
 
-def need_openvino() -> Any:
-    """Return the module `openvino`, which then calls nobody; raises ZooError where it is not installed."""
-    # None, not left out: it and NNCF send what they do to a server where they can import this.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    try:
-        import openvino
-    except ImportError:
-        raise ZooError("OpenVINO is not installed; install it with: pip install 'zoo[openvino]'") from None
-    return openvino
-
-
 def _need_onnx() -> None:
     try:
         import onnx  # noqa: F401
@@ -238,15 +227,55 @@ def _need_onnx() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what exporters print, warn and log off the screen."""
+    """Keep what exporters print, warn and log off the screen, and what OpenVINO's tools tell a server on this machine.
+
+    The latter for who imported `openvino` before: otherwise `need_openvino` has taken their telemetry from them.
+    """
     import contextlib
 
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        with (
+            warnings.catch_warnings(),
+            Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+            _mute(sys.modules.get("openvino_telemetry")),
+        ):
             warnings.simplefilter("ignore")
             with contextlib.redirect_stdout(nowhere):
                 yield
     finally:
         logging.disable(before)
+
+
+_TELLS = ("send_", "start_", "end_", "force_")
+
+
+class _Mute:
+    """What OpenVINO's tools take for their telemetry: it hears all and tells nobody."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(_TELLS):
+            return _Mute
+        raise AttributeError(name)
+
+
+@contextmanager
+def _mute(telemetry: Any) -> Iterator[None]:
+    if telemetry is None:
+        yield
+        return
+    own = telemetry.Telemetry
+    sends = {name: value for name, value in vars(own).items() if name.startswith(_TELLS)}
+    telemetry.Telemetry = _Mute  # OpenVINO's converter makes one at each call
+    for name in sends:
+        setattr(own, name, _Mute)  # NNCF has kept one since it was imported
+    try:
+        yield
+    finally:
+        telemetry.Telemetry = own
+        for name, value in sends.items():
+            setattr(own, name, value)

@@ -11,8 +11,8 @@ import numpy as np
 
 from zoo.data.cache import Pixels
 from zoo.data.transforms import center_crop, normalise
-from zoo.deployment.graph import need_openvino, onnx_bytes, quiet, save_openvino
-from zoo.deployment.runtime import INPUT
+from zoo.deployment.graph import onnx_bytes, quiet, save_openvino
+from zoo.deployment.runtime import INPUT, need_openvino
 from zoo.errors import ZooError
 from zoo.runs import Preprocessing
 
