@@ -137,6 +137,17 @@ def test_home_is_the_argument_then_the_environment_then_here(tmp_path, monkeypat
             home(wrong)
 
 
+def test_a_home_below_a_folder_that_may_not_be_entered_is_refused(tmp_path, as_nobody):
+    (tmp_path / "shut" / "home").mkdir(parents=True)
+    tmp_path.chmod(0o755)
+    (tmp_path / "shut").chmod(0o700)
+    code = "try: home('shut/home')\nexcept ZooError as error: print(error)"
+    told = as_nobody("from zoo.files import home; from zoo.errors import ZooError", code, tmp_path)
+    assert told.startswith("the home folder ") and "is no folder; make it, or name another" in told
+    with pytest.raises(ZooError, match="there is no home folder for '~nobody-there/zoo'"):
+        home("~nobody-there/zoo")
+
+
 def test_the_user_s_recipe_comes_before_the_built_in_one(root):
     built_in = find_toml("simple_cnn", "recipes", root.recipes)
     write_text(root.recipes / "simple_cnn.toml", "")

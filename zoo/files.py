@@ -82,8 +82,8 @@ def home(root: str | os.PathLike[str] | None = None) -> Home:
 
     Raises ZooError where that is no folder.
     """
-    path = Path(root or os.environ.get("ZOO_HOME") or ".").expanduser().absolute()
-    if not path.is_dir():
+    path = user_path(root or os.environ.get("ZOO_HOME") or ".").absolute()
+    if not os.path.isdir(path):  # noqa: PTH112  # Path's raises where a folder above may not be entered
         raise ZooError(f"the home folder {str(path)!r} is no folder; make it, or name another with --home")
     return Home(path)
 

@@ -266,8 +266,8 @@ def run_all(chosen: argparse.Namespace, root: Any) -> list[dict[str, Any]]:
     """Make the data, measure each network and print its rows; return all rows."""
     import torch
 
+    from zoo.cores import cores
     from zoo.data.sources import import_dataset
-    from zoo.deployment.runtime import cores
 
     chosen.threads = chosen.threads or cores()
     import_dataset(

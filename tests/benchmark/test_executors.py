@@ -16,12 +16,12 @@ import torch
 from zoo.benchmark import executors
 from zoo.benchmark.contrasts import bench_all
 from zoo.benchmark.suite import bench
+from zoo.cores import cores
 from zoo.errors import ZooError
 from zoo.files import home, sha256_file, write_toml
 from zoo.models.registry import register_model
 from zoo.models.spec import own_models
 from zoo.runs import list_runs
-from zoo.training.precision import cores
 
 # A network that others than this process know, too; it notes each forward pass, and may end its process.
 PLUGIN = """

@@ -235,7 +235,7 @@ def test_openvino_says_the_same(bundled, bundle):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("bad allocation")])
-def test_a_batch_too_large_for_the_memory_is_computed_in_parts(bundled, bundle, monkeypatch, error):
+def test_a_batch_too_large_for_the_memory_is_computed_in_parts(bundled, bundle, tmp_path, monkeypatch, error):
     predictor, files, sizes = Predictor.load(bundle, bundled), image_files(bundled)[:7], []
     expected, session = predictor.predict(files), predictor.network.session
 
@@ -251,6 +251,11 @@ def test_a_batch_too_large_for_the_memory_is_computed_in_parts(bundled, bundle, 
         assert (found.path, found.label, found.error) == (wanted.path, wanted.label, None)
         assert found.scores == pytest.approx(wanted.scores, abs=1e-5)
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
+    maps = predictor.predict(files, explain=tmp_path / "few")
+    most = 7
+    for few, many in zip(maps, predictor.predict(files, explain=tmp_path / "many"), strict=True):
+        pictures = [np.asarray(Image.open(each.explanation), int) for each in (few, many)]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 1
     most = 0
     with pytest.raises(ZooError, match=r"^the network fails on one image: (MemoryError|bad allocation); free") as said:
         predictor.predict(files)

@@ -7,10 +7,10 @@ import signal
 
 import pytest
 
+from zoo.cores import cores
 from zoo.deployment import turns
 from zoo.deployment.bundle import list_bundles, open_bundle
 from zoo.deployment.latency import latencies
-from zoo.deployment.runtime import cores
 from zoo.deployment.speed import Latency, machine, subject_of
 from zoo.errors import ZooError
 from zoo.files import read_json, write_json

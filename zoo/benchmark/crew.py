@@ -101,7 +101,7 @@ def _environment(number: int, jobs: int) -> Iterator[None]:
     """Give the process that is started here its share of the cores, and a graphics card of its own."""
     import torch
 
-    from zoo.training.precision import cores
+    from zoo.cores import cores
 
     share = {"OMP_NUM_THREADS": str(max(1, min(torch.get_num_threads(), cores()) // jobs))}
     cards = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from zoo.benchmark.worker import Outcome, train_and_score
+from zoo.cores import cores
 from zoo.errors import EXIT_SIGINT, Interrupted, ZooError, one_line
 from zoo.files import digest_of
 from zoo.models.spec import own_models
@@ -23,7 +24,6 @@ from zoo.runs import Run, RunRecord
 from zoo.training.derived import is_derived, sources
 from zoo.training.loop import OnTick
 from zoo.training.plan import Plan
-from zoo.training.precision import cores
 
 GRACE_S = 30.0  # for a process that was asked to stop; saving its state takes at most a third
 

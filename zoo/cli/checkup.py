@@ -9,6 +9,7 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from zoo.cores import cores
 from zoo.errors import ZooError, one_line
 from zoo.files import check_writable, home
 
@@ -50,7 +51,7 @@ def _package(name: str) -> dict[str, Any]:
 def _devices() -> dict[str, Any]:
     import torch
 
-    from zoo.training.precision import choose_device, cores
+    from zoo.training.precision import choose_device
 
     device = choose_device("auto")
     detail = f"{device.type}, {cores()} CPU cores, {torch.backends.cpu.get_cpu_capability()}"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from zoo.cli.screen import HomeOption, JsonOption
+from zoo.cores import cores
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -40,7 +41,6 @@ def pretrain(
     from zoo.errors import ZooError, nearest, one_line
     from zoo.files import home as home_of
     from zoo.files import read_json
-    from zoo.training.precision import cores
     from zoo.training.pretrain import Pretraining, pretrain
 
     if source != "formula":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zoo.cli.screen import HomeOption
+from zoo.cores import cores
 
 if TYPE_CHECKING:
     import socket
@@ -42,7 +43,7 @@ def serve(
         list[str] | None, typer.Option(metavar="NAME", help="A further host name that clients may use.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Cores of the network; all that it may use where left out.", min=1)
+        int | None, typer.Option(help="Cores of the network; all that it may use where left out.", min=1, max=1024)
     ] = None,
     queue: Annotated[int, typer.Option(help="Images that may wait; more are sent away.", min=1, max=10_000)] = 64,
     max_body_mb: Annotated[int, typer.Option(help="MiB of a request.", min=1, max=1024)] = 32,
@@ -74,7 +75,7 @@ def serve(
         hosts = Hosts.of(is_loopback(sock), allowed_host or ())
         models = load_models(found, root, threads)
         facts = {each: facts_of(each, model.bundle) for each, model in models.items()}
-        app = create_app(models, facts, limits=limits, hosts=hosts, token=token, decoders=_cores())
+        app = create_app(models, facts, limits=limits, hosts=hosts, token=token, decoders=cores())
         unanswered = run(app, sock, limits, lambda: _tell(sock, list(models), json))
     if unanswered:
         raise ZooError(f"stopped with {unanswered} requests unanswered after {limits.grace_s:.0f} seconds")
@@ -105,12 +106,6 @@ def _token(file: Path | None) -> Token | None:
             why = getattr(error, "strerror", None) or "no ASCII text"
             raise ZooError(f"--token-file {one_line(file)!r} cannot be read: {one_line(why)}") from None
     return None if text is None else Token(text)
-
-
-def _cores() -> int:
-    from zoo.deployment.runtime import cores
-
-    return cores()
 
 
 def _tell(sock: socket.socket, names: list[str], json: bool) -> None:

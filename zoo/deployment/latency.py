@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
+from zoo.cores import cores
 from zoo.deployment.bundle import Bundle
-from zoo.deployment.runtime import cores
 from zoo.deployment.speed import METHOD, Latency, Subject, installed, machine, release, subject_of
 from zoo.deployment.turns import Progress, measure
 from zoo.errors import ZooError

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from zoo.cores import cores
 from zoo.data.apart import stop_all
 from zoo.data.decode import MAX_PIXELS, BadImage, decode, resize
 from zoo.data.transforms import center_crop, normalise
@@ -26,7 +27,7 @@ from zoo.data.window import windowing_of
 from zoo.deployment.answers import Answer, answers_of, check_sample, heat_of, mean_of_views
 from zoo.deployment.bundle import SAMPLE, Bundle, Rules, find_bundle, list_bundles, open_bundle
 from zoo.deployment.images import Encoded, Source, bytes_of, find_images, name_of
-from zoo.deployment.runtime import Session, cores
+from zoo.deployment.runtime import Session
 from zoo.errors import ZooError, nearest, one_line
 from zoo.evaluation.heat import overlay
 from zoo.files import Home, atomic_writer, check_writable, home, user_path
@@ -282,21 +283,6 @@ class Predictor:
             pool.shutdown(wait=False, cancel_futures=True)
             stop_all(threads)  # only where it was interrupted is one at work
 
-    def _logits(self, images: Sequence[Pixels]) -> Floats:
-        """Return logits (B, C); of fewer images at once where a batch is too large for the memory."""
-        try:
-            return self.logits(images)[0]
-        except ZooError:
-            raise
-        except Exception as error:  # each runtime has kinds of its own, and may call want of memory a plain failure
-            if len(images) == 1:
-                why = one_line(error, 160) or type(error).__name__
-                raise ZooError(
-                    f"the network fails on one image: {why}; free memory, or export the bundle again"
-                ) from error
-        half = len(images) // 2
-        return np.concatenate([self._logits(images[:half]), self._logits(images[half:])])
-
     def _prepared(self, source: Source) -> Pixels | Prediction:
         """Return a source's image prepared, or the row that says why there is none; called in several threads."""
         try:
@@ -321,7 +307,9 @@ class Predictor:
                 images[number] = prepared
         sources = dict(numbered)
         if images:
-            for number, row in zip(images, self._logits(list(images.values())), strict=True):
+            pixels = list(images.values())
+            logits = _in_parts(lambda part: self.logits(pixels[part])[0], len(pixels))
+            for number, row in zip(images, logits, strict=True):
                 found[number] = self._prediction(sources[number], row)
         good = {number: found[number] for number in images if found[number].error is None}
         shown = self._write_explanations(good, images, folder) if folder is not None else {}
@@ -345,6 +333,9 @@ class Predictor:
             answer.points,
         )
 
+    def _shown(self, batch: Pixels, targets: Sequence[int]) -> Callable[[slice], Pixels]:
+        return lambda part: self.explain(batch[part], targets[part])
+
     def _write_explanations(
         self, rows: dict[int, Prediction], images: dict[int, Pixels], folder: Path
     ) -> dict[int, str]:
@@ -354,7 +345,8 @@ class Predictor:
         for start in range(0, len(numbers), _EXPLAINED):
             part = numbers[start : start + _EXPLAINED]
             targets = [self.classes.index(rows[each].label or "") for each in part]
-            pictures = self.explain(np.stack([center_crop(images[each], size) for each in part]), targets)
+            batch = np.stack([center_crop(images[each], size) for each in part])
+            pictures = _in_parts(self._shown(batch, targets), len(part))
             for number, picture in zip(part, pictures, strict=True):
                 name = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(rows[number].path).stem)[:60]
                 target = folder / f"{number:05d}-{name}.png"
@@ -362,6 +354,20 @@ class Predictor:
                     Image.fromarray(picture).save(stream, "PNG")
                 found[number] = str(target)
         return found
+
+
+def _in_parts(compute: Callable[[slice], Any], count: int, start: int = 0) -> Any:
+    """Return what the network computes of `count` images; of fewer at once where they are too many for the memory."""
+    try:
+        return compute(slice(start, start + count))
+    except ZooError:
+        raise
+    except Exception as error:  # each runtime has kinds of its own, and may call want of memory a plain failure
+        if count == 1:
+            why = one_line(error, 160) or type(error).__name__
+            raise ZooError(f"the network fails on one image: {why}; free memory, or export the bundle again") from error
+    half = count // 2
+    return np.concatenate([_in_parts(compute, half, start), _in_parts(compute, count - half, start + half)])
 
 
 def _failed(source: Source, reason: str) -> Prediction:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from zoo.cores import cores
 from zoo.deployment.onnx_file import check_onnx
 from zoo.errors import ZooError, one_line
 
@@ -43,25 +43,6 @@ class Session:
         found = dict(zip(self.outputs, self._run(images), strict=True))
         logits, maps = found[LOGITS].astype(np.float32, copy=False), found.get(MAP)
         return logits, None if maps is None else maps.astype(np.float32, copy=False)
-
-
-def cores() -> int:
-    """Return how many cores this process may use, also where a container has a share of the machine's time alone."""
-    known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = core_quota()
-    return known if share is None else min(known, max(1, math.ceil(share)))
-
-
-def core_quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
-    """Return how many cores' time a control group (version 2) allows; None where it sets no limit.
-
-    The kernel's `cpu.max`: microseconds of computing, or `max`, and of the period.
-    """
-    try:
-        most, period = (int(each) for each in file.read_text(encoding="ascii").split())
-    except (OSError, ValueError):
-        return None
-    return most / period if period > 0 else None
 
 
 def _open_onnx(file: Path, precision: str, threads: int) -> tuple[Run, list[str], str]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from zoo.cores import core_quota, cores
 from zoo.deployment.bundle import MODEL_FILES, Bundle
-from zoo.deployment.runtime import core_quota, cores
 from zoo.files import digest_of
 from zoo.runs import Run
 from zoo.training.environment import processor

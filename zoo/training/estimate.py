@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from zoo.cores import cores
 from zoo.data.decode import BadImage, decode, resize
 from zoo.data.manifest import Dataset
 from zoo.data.transforms import make_augment
@@ -21,7 +22,7 @@ from zoo.recipe import Recipe
 from zoo.runs import Preprocessing
 from zoo.training.memory import freed_memory_kept
 from zoo.training.plan import Plan, build_model, preprocessing_of
-from zoo.training.precision import PrecisionPlan, choose_device, choose_workers, cores, set_threads
+from zoo.training.precision import PrecisionPlan, choose_device, choose_workers, set_threads
 from zoo.training.speed import FORWARD_BATCH, Steps, forward_steps, plan_precision, training_steps
 from zoo.training.strategy import Phase, make_optimizer, phases, set_trained, trained_names
 

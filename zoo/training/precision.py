@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from zoo.cores import cores
 from zoo.errors import ZooError, one_line
 from zoo.files import digest_of, read_json, write_json
 from zoo.training.kernels import lacks_steady_kernel
@@ -282,11 +283,6 @@ def keep_plan(identity: dict[str, Any], plan: PrecisionPlan) -> None:
         write_json(plan_file(identity), {**plan.record(), "of": identity})
     except (ZooError, RuntimeError):
         return
-
-
-def cores() -> int:
-    """Return the CPU cores that this process may use; unlike os.cpu_count it knows of containers."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def most_processes() -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from zoo.cores import cores
 from zoo.data.cache import Pixels, open_pixels
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.metrics import METRIC_SIGN, selection_score
@@ -36,7 +37,7 @@ from zoo.training.loss import make_criterion
 from zoo.training.outcome import finish
 from zoo.training.parallel import Group, across, shared_batch_norm
 from zoo.training.plan import Plan, check_shares
-from zoo.training.precision import PrecisionPlan, begun_plan, choose_device, cores, set_threads
+from zoo.training.precision import PrecisionPlan, begun_plan, choose_device, set_threads
 from zoo.training.speed import FORWARD_BATCH, compiled, plan_precision
 from zoo.training.step import FINITE_FIX, EpochTrainer, NonFiniteLossError, Updater, make_ema
 from zoo.training.strategy import (

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from zoo.deployment.runtime import core_quota, cores
+from zoo.cores import core_quota, cores
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,13 @@ def test_a_containers_share_of_the_cores_is_read(tmp_path, text, wanted):
 
 def test_where_no_share_is_set_all_cores_count(tmp_path, monkeypatch):
     assert core_quota(tmp_path / "cpu.max") is None
-    monkeypatch.setattr("zoo.deployment.runtime.core_quota", lambda: 1)
+    monkeypatch.setattr("zoo.cores.core_quota", lambda: 1)
     assert cores() == 1
-    monkeypatch.setattr("zoo.deployment.runtime.core_quota", lambda: 0.1)
+    monkeypatch.setattr("zoo.cores.core_quota", lambda: 0.1)
     assert cores() == 1
-    monkeypatch.setattr("zoo.deployment.runtime.core_quota", lambda: 1 << 20)
+    monkeypatch.setattr("zoo.cores.core_quota", lambda: 1 << 20)
     alone = cores()
-    monkeypatch.setattr("zoo.deployment.runtime.core_quota", lambda: None)
+    monkeypatch.setattr("zoo.cores.core_quota", lambda: None)
     assert cores() == alone >= 1
-    monkeypatch.setattr("zoo.deployment.runtime.core_quota", lambda: 1.5)
+    monkeypatch.setattr("zoo.cores.core_quota", lambda: 1.5)
     assert cores() == min(2, alone)
