@@ -8,6 +8,7 @@ from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError
 from zoo.files import Home, write_json
 from zoo.runs import Run, list_runs, runs_on_split
+from zoo.training.loop import train
 from zoo.training.plan import failed_record, finished_run, make_plan
 
 
@@ -183,3 +184,62 @@ def test_a_window_is_the_recipes_else_the_datasets_and_is_checked_before_work(ti
     assert len({plain.digest, named.digest, own.digest}) == 3
     with pytest.raises(ZooError, match="window must be lung"):
         make_plan(make_recipe(model__window="lunge"), "tiny", 0, tiny)
+
+
+def probe(make_recipe, name="probe", **overrides):
+    return make_recipe(name, **{"strategy": "linear-probe", "policy": "none", "optimizer.lr": 1e-3, **overrides})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "base"),
+    [
+        ("optimizer.lr", 0.5, {}),
+        ("finetune.ema_decay", 0.9, {}),
+        ("finetune.clip_grad", 0.01, {}),
+        ("finetune.layer_decay", 0.1, {}),
+        ("model.drop_rate", 0.9, {}),
+        ("optimizer.momentum", 0.1, {}),
+        ("model.drop_path_rate", 0.9, {"model.name": "test_efficientnet"}),
+        ("finetune.head_lr", 0.5, {"strategy": "full"}),
+        ("schedule.min_lr", 0.5, {"strategy": "full", "schedule.name": "constant"}),
+    ],
+)
+def test_a_key_without_effect_is_a_note_of_the_plan_and_of_the_run_and_changes_no_bit(
+    tiny, make_recipe, key, value, base
+):
+    plain = train(probe(make_recipe, **base), "tiny", 0, tiny)
+    recipe = probe(make_recipe, "other", **base, **{key: value})
+    plan = make_plan(recipe, "tiny", 0, tiny)
+    assert [note.startswith(f"{key} = {value} changes nothing where") for note in plan.notes] == [True]
+    run = train(recipe, "tiny", 0, tiny)
+    assert run.record.notes[:1] == list(plan.notes) and plain.record.notes == run.record.notes[1:]
+    assert plan.record("failed", "why").notes == list(plan.notes)
+    assert run.weights_file.read_bytes() == plain.weights_file.read_bytes()
+
+
+def test_dropout_within_the_classifier_is_no_key_without_effect(tiny, make_recipe):
+    from torch import nn
+
+    from zoo.models.registry import register_model
+    from zoo.models.spec import own_models
+
+    @register_model("dropping_net")
+    def dropping_net(num_classes: int, drop_rate: float = 0.0) -> nn.Module:
+        class Dropping(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.head = nn.Sequential(nn.Dropout(drop_rate), nn.Linear(3, num_classes))
+
+            def get_classifier(self):
+                return self.head
+
+            def forward(self, images):
+                return self.head(images.mean((2, 3)))
+
+        return Dropping()
+
+    try:
+        recipe = probe(make_recipe, model__name="dropping_net", drop_rate=0.5)
+        assert make_plan(recipe, "tiny", 0, tiny).notes == ()
+    finally:
+        del own_models["dropping_net"]

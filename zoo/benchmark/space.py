@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from zoo.errors import ZooError, one_line
 from zoo.files import to_json
 from zoo.recipe import Recipe, parse_recipe
+from zoo.recipe.effects import NEEDS, OF_SOME_NETWORKS, value_of
 
 HOW = (
     'add a table such as [search] with "optimizer.lr" = { low = 1e-4, high = 1e-2, log = true } to its file, or give '
@@ -101,21 +102,13 @@ def _key_faults(space: Space, key: str) -> list[str]:
     twice = sorted({str(label) for label in labels if labels.count(label) > 1})
     if twice:
         faults.append(f"{key!r} names {one_line(', '.join(twice), 80)} twice; name each choice once")
-    for reason_key, allowed, why in _NEEDS.get(key, ()):
-        value = _own_value(space.recipe, reason_key)
-        if reason_key not in space.spaces and value not in allowed:
-            faults.append(f"{key!r} changes nothing where {reason_key} = {value!r}; {why}")
+    need = None if key == OF_SOME_NETWORKS else NEEDS.get(key)
+    if need is not None and need.key not in space.spaces:
+        value = value_of(space.recipe, need.key)
+        if value not in need.allowed:
+            fix = f"vary {need.instead!r}" if need.instead else "leave it out"
+            faults.append(f"{key!r} changes nothing where {need.key} = {value!r}; {fix}")
     return faults
-
-
-# What a key needs to mean anything: another key, and its values.
-_NEEDS: dict[str, tuple[tuple[str, tuple[Any, ...], str], ...]] = {
-    "optimizer.lr": (("finetune.strategy", ("full", "lp-ft", "gradual"), "vary 'finetune.head_lr'"),),
-    "optimizer.momentum": (("optimizer.name", ("sgd", "rmsprop"), "leave it out"),),
-    "finetune.head_lr": (("finetune.strategy", ("linear-probe", "lp-ft", "gradual"), "vary 'optimizer.lr'"),),
-    "finetune.layer_decay": (("finetune.strategy", ("full", "lp-ft", "gradual"), "leave it out"),),
-    "finetune.ema_decay": (("finetune.strategy", ("full", "lp-ft", "gradual"), "leave it out"),),
-}
 
 
 def _contradicting(space: Space) -> Iterator[str]:
@@ -150,9 +143,7 @@ def _own_value(recipe: Recipe, key: str) -> Any:
 
         return DEFAULT_HEAD_LR
     implied = {"finetune.head_epochs": recipe.head_epochs, "augment.policy": recipe.policy}
-    value: Any = recipe
-    for part in key.split("."):
-        value = getattr(value, part)
+    value = value_of(recipe, key)
     return implied.get(key) if value is None else value
 
 

@@ -24,13 +24,17 @@ from zoo.models.registry import (
 )
 from zoo.models.weights import WeightsFile, resolve_weights
 from zoo.recipe import Recipe, load_recipe
+from zoo.recipe.effects import effect_notes
 from zoo.runs import Preprocessing, Run, RunRecord, find_run, run_name
 from zoo.training.strategy import frozen_names
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run, decided: everything that it needs is known to be there. place: a folder in place of the home's runs."""
+    """One run, decided: everything that it needs is known to be there.
+
+    place: a folder in place of the home's runs. notes: what is to be said of the recipe, and stands in the record.
+    """
 
     recipe: Recipe
     dataset: Dataset
@@ -46,6 +50,7 @@ class Plan:
     network: str | None = None
     leaks_accepted: bool = False
     place: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def run(self) -> Run:
@@ -118,6 +123,7 @@ class Plan:
                 "weights": weights,
                 "strategy": self.recipe.finetune.strategy,
                 **facts,
+                "notes": [*self.notes, *facts.get("notes", ())],
             }
         )
 
@@ -178,7 +184,7 @@ def make_plan(
     weights, weights_from, source_run = _weights(recipe, spec, dataset, root, offline)
     preprocessing = preprocessing_of(recipe, spec, source_run, dataset)
     make_augment(recipe.policy, recipe.augment.transforms, preprocessing.image_size, seed)
-    network = _check_model(recipe, spec, preprocessing, len(dataset.classes))
+    network, notes = _check_model(recipe, spec, preprocessing, len(dataset.classes))
     _refuse_changed_network(source_run, network, len(dataset.classes))
     check_writable(root.runs)
     recipe_digest = _recipe_digest(recipe, spec, preprocessing, weights, network, bad_images)
@@ -196,6 +202,7 @@ def make_plan(
         bad_images=bad_images,
         network=network,
         leaks_accepted=leaks_accepted,
+        notes=notes,
     )
 
 
@@ -328,8 +335,10 @@ def _refuse_changed_network(source_run: RunRecord | None, network: str | None, c
         )
 
 
-def _check_model(recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, classes: int) -> str | None:
-    """Build the network without memory, see that the strategy can be followed; return an own one's identity."""
+def _check_model(
+    recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, classes: int
+) -> tuple[str | None, tuple[str, ...]]:
+    """Build the network without memory, see that the strategy can be followed; return an own one's identity, notes."""
     with torch.device("meta"):
         model = build_model(recipe, spec, preprocessing, classes)
     if recipe.finetune.strategy != "full":
@@ -342,7 +351,8 @@ def _check_model(recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, 
         )
     frozen_names(model, recipe.finetune.freeze)
     _check_sizes(recipe, spec, preprocessing, model)
-    return own_network_digest(spec, model)
+    drops = any(isinstance(each, torch.nn.Dropout) for _, part in classifiers_of(model) for each in part.modules())
+    return own_network_digest(spec, model), effect_notes(recipe, classifier_drops=drops)
 
 
 def _check_sizes(recipe: Recipe, spec: ModelSpec, preprocessing: Preprocessing, model: torch.nn.Module) -> None:
