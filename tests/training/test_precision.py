@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from zoo.training.loop import train
 from zoo.training.plan import make_plan
 from zoo.training.precision import (
     PrecisionPlan,
+    begun_plan,
     choose_device,
     choose_plan,
     choose_workers,
     cores,
+    fitting_plan,
     keep_plan,
     known_plan,
     measured_plan,
@@ -145,6 +148,61 @@ def test_compiling_is_tried_for_long_runs_and_taken_where_it_saves_more_than_it_
     steps, _ = pretended({"float32-channels-last": 1.0})  # no compiler
     found = measured_plan(steps, [FLOAT], 32, lambda step_s: 10_000 * step_s)
     assert not found.compiled and found.measured["float32-channels-last-compile"] is None
+
+
+def at(seconds):
+    return lambda step_s: seconds * step_s
+
+
+def test_a_known_plan_is_compiled_for_the_runs_alone_that_are_long_enough(tiny, make_recipe, monkeypatch):
+    name = "float32-channels-last"
+    steps, asked = pretended({name: 1.0, f"{name}-compile": 0.5})
+    monkeypatch.setattr(speed, "training_steps", lambda *_: steps)
+    monkeypatch.setattr(speed, "candidates", lambda _: [FLOAT])
+    plan = make_plan(make_recipe(), "tiny", 0, tiny)
+    model = plan.model()[0]
+
+    def found(steps_of_run):
+        asked.clear()
+        chosen = speed.plan_precision(plan, model, CPU, steps_of_run)
+        return chosen.name, chosen.source, f"{name}-compile" in asked
+
+    assert found(300) == (name, "measured", False)  # five minutes
+    assert found(400) == (name, "cached", False)
+    assert found(10_000) == (f"{name}-compile", "measured", True)  # not tried before, though a plan was known
+    assert found(20_000) == (f"{name}-compile", "cached", False)
+    assert found(300) == (name, "cached", False)  # seconds of a run are not worth a compiler
+    assert found(10_000) == (f"{name}-compile", "cached", False)
+    assert found(speed.FEWEST_STEPS - 1) == (name, "default", False)
+
+
+def test_what_compiling_costs_is_weighed_against_each_run(tiny):
+    rates = {"float32-channels-last": 32.0, "float32-channels-last-compile": 64.0}
+    known = PrecisionPlan("float32", channels_last=True, source="cached", measured=rates, compile_s=400.0)
+
+    def never(plan, count):
+        raise AssertionError("measured again")
+
+    for seconds, compiled in ((1000, False), (1500, False), (1700, True), (100_000, True)):
+        for begun in (known, replace(known, compiled=True)):
+            assert fitting_plan(begun, never, FLOAT, 32, at(seconds)).compiled == compiled
+    assert not fitting_plan(replace(known, compiled=True), never, FLOAT, 32, None).compiled
+    broken = replace(known, measured={**rates, "float32-channels-last-compile": None})
+    assert not fitting_plan(broken, never, FLOAT, 32, at(100_000)).compiled
+    keep_plan({"a": 1}, known)
+    assert known_plan({"a": 1}).record() == known.record()
+    assert begun_plan(known.record()).compile_s == 400.0
+
+
+def test_a_compiled_plan_whose_cost_nobody_kept_is_measured_again():
+    rates = {"bf16-channels-last": 32.0, "bf16-channels-last-compile": 64.0}
+    known = PrecisionPlan("bf16", channels_last=True, compiled=True, source="cached", measured=rates)
+    steps, asked = pretended({"float32-channels-last": 2.0, "bf16-channels-last-compile": 0.9})
+    found = fitting_plan(known, steps, FLOAT, 32, at(100_000))
+    assert found.compiled and asked == ["float32-channels-last", "bf16-channels-last-compile"]
+    assert found.measured["bf16-channels-last-compile"] == 35.56 and found.compile_s is not None
+    wrong, _ = pretended({"float32-channels-last": 2.0, "bf16-channels-last-compile": 0.1}, {FLOAT.name: 2.0})
+    assert not fitting_plan(known, wrong, FLOAT, 32, at(100_000)).compiled
 
 
 def test_a_real_network_is_measured_once_and_its_plan_kept_recorded_and_used(tiny, make_recipe, monkeypatch):

@@ -36,7 +36,7 @@ class PrecisionPlan:
     """The number format of the forward pass; weights, gradients and optimiser stay float32.
 
     source: `forced`, `default`, `measured` or `cached`. measured: images per second of each plan that was tried, None
-    for one whose loss was not finite, or far from float32's.
+    for one whose loss was not finite, or far from float32's. compile_s: what compiling took where it was tried.
     """
 
     dtype: str
@@ -44,6 +44,7 @@ class PrecisionPlan:
     compiled: bool = False
     source: str = field(default="default", compare=False)
     measured: dict[str, float | None] = field(default_factory=dict, compare=False)
+    compile_s: float | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -78,7 +79,9 @@ class PrecisionPlan:
 
     def record(self) -> dict[str, Any]:
         """Return the plan as run.json records it."""
-        more = {"images_per_s": self.measured} if self.measured else {}
+        more: dict[str, Any] = {"images_per_s": self.measured} if self.measured else {}
+        if self.compile_s is not None:
+            more["compile_s"] = self.compile_s
         return {**self.facts(), "name": self.name, "source": self.source, **more}
 
 
@@ -95,6 +98,7 @@ def begun_plan(facts: dict[str, Any]) -> PrecisionPlan:
         facts.get("compiled", False),
         facts.get("source", "default"),
         facts.get("images_per_s", {}),
+        facts.get("compile_s"),
     )
 
 
@@ -185,11 +189,12 @@ def measured_plan(
                 times[plan] = []
                 continue
             times[plan] += [seconds for seconds, _ in found[1:]]
-    rates = {plan.name: images / min(each) if each else None for plan, each in times.items()}
-    chosen = _fastest({plan: min(each) for plan, each in times.items() if each}, plans)
-    if seconds_left is not None and times[chosen]:
-        chosen = _maybe_compiled(steps, chosen, min(times[chosen]), images, seconds_left, losses[plans[0]], rates)
-    return replace(chosen, source="measured", measured={name: rate and round(rate, 2) for name, rate in rates.items()})
+    rates = {plan.name: round(images / min(each), 2) if each else None for plan, each in times.items()}
+    fastest = _fastest({plan: min(each) for plan, each in times.items() if each}, plans)
+    chosen = replace(fastest, source="measured", measured=rates)
+    if seconds_left is None or not times[chosen] or seconds_left(min(times[chosen])) < LONG_RUN_S:
+        return chosen
+    return _maybe_compiled(steps, chosen, min(times[chosen]), images, seconds_left, losses[plans[0]])
 
 
 def _tried(
@@ -229,11 +234,8 @@ def _maybe_compiled(
     images: int,
     seconds_left: Callable[[float], float],
     reference: list[float],
-    rates: dict[str, float | None],
 ) -> PrecisionPlan:
-    """Return the plan compiled, where what it saves over the run is more than compiling takes."""
-    if seconds_left(step_s) < LONG_RUN_S:
-        return plan
+    """Return the plan compiled where that pays, else as it is; what was measured says in both cases what was found."""
     compiled = replace(plan, compiled=True)
     started = time.perf_counter()
     try:
@@ -241,16 +243,46 @@ def _maybe_compiled(
     except Exception as error:  # no compiler, or a network that it cannot do: compilers raise kinds of their own
         if lacks_steady_kernel(error):
             raise
-        rates[compiled.name] = None
-        return plan
+        found = []
     cost = time.perf_counter() - started
     if not _close([loss for _, loss in found], reference):
-        rates[compiled.name] = None
-        return plan
+        return replace(plan, measured={**plan.measured, compiled.name: None})
     fastest = min(seconds for seconds, _ in found[1:])
-    rates[compiled.name] = images / fastest
-    saved = seconds_left(step_s) - seconds_left(fastest)
-    return compiled if GAIN * fastest < step_s and saved > 2 * cost else plan
+    rates = {**plan.measured, compiled.name: round(images / fastest, 2)}
+    pays = _compiling_pays(step_s, fastest, cost, seconds_left)
+    return replace(plan, compiled=pays, measured=rates, compile_s=round(cost, 3))
+
+
+def _compiling_pays(step_s: float, compiled_s: float, cost_s: float, seconds_left: Callable[[float], float]) -> bool:
+    """Return whether what compiling saves over the run is more than it takes."""
+    return GAIN * compiled_s < step_s and seconds_left(step_s) - seconds_left(compiled_s) > 2 * cost_s
+
+
+def fitting_plan(
+    known: PrecisionPlan,
+    steps: Callable[[PrecisionPlan, int], list[tuple[float, float]]],
+    usual: PrecisionPlan,
+    images: int,
+    seconds_left: Callable[[float], float] | None,
+) -> PrecisionPlan:
+    """Return a plan that was measured for a run of any length as it fits one of this length: compiled, or not.
+
+    steps, images, seconds_left: as for `measured_plan`. Where the run is long and compiling was never tried, it is
+    tried now, its losses held against those of `usual`; the plan's source then is `measured`.
+    """
+    plain = replace(known, compiled=False)
+    rate = known.measured.get(plain.name)
+    if seconds_left is None or not rate or seconds_left(images / rate) < LONG_RUN_S:
+        return plain
+    name = replace(plain, compiled=True).name
+    faster = known.measured.get(name)
+    if name in known.measured and faster is None:
+        return plain
+    if faster is None or known.compile_s is None:
+        reference = [loss for _, loss in _tried(steps, usual, _TIMED_STEPS)]
+        return _maybe_compiled(steps, replace(plain, source="measured"), images / rate, images, seconds_left, reference)
+    pays = _compiling_pays(images / rate, images / faster, known.compile_s, seconds_left)
+    return replace(plain, compiled=pays)
 
 
 # The plans that this machine has found -------------------------------------------------------------------------
@@ -272,6 +304,7 @@ def known_plan(identity: dict[str, Any]) -> PrecisionPlan | None:
             bool(stored.get("compiled", False)),
             source="cached",
             measured=dict(stored.get("images_per_s", {})),
+            compile_s=stored.get("compile_s"),
         )
     except (ZooError, KeyError, TypeError, ValueError, RuntimeError):
         return None

@@ -23,6 +23,7 @@ from zoo.training.precision import (
     PrecisionPlan,
     candidates,
     choose_plan,
+    fitting_plan,
     keep_plan,
     known_plan,
     measured_plan,
@@ -38,7 +39,8 @@ def plan_precision(
 ) -> PrecisionPlan:
     """Return the recipe's precision plan: the one asked for, else the fastest one measured on this machine.
 
-    model: as it is trained, on the device. steps: of the whole run; for fewer than FEWEST_STEPS nothing is measured.
+    model: as it is trained, on the device. steps: of the whole run; for fewer than FEWEST_STEPS nothing is measured,
+    and nothing looked up: what ran before must not decide the bits of a short run.
     training: else the plan is for forward passes alone. again: measure even where this machine has done so before.
     """
     if plan.recipe.precision != "auto":
@@ -47,15 +49,19 @@ def plan_precision(
     if steps < FEWEST_STEPS and not again:
         return usual
     identity = plan_identity(plan, device, training)
-    known = None if again else known_plan(identity)
-    if known is not None:
-        return known
-    timed = training_steps(plan, model, device) if training else forward_steps(plan, model, device)
     images = -(-plan.recipe.finetune.batch_size // expected_world()) if training else FORWARD_BATCH
-    found = measured_plan(timed, candidates(device), images, (lambda step_s: steps * step_s) if training else None)
-    if found.measured.get(found.name) is None:  # no plan could be measured: nothing is known, and nothing kept
+    seconds_left = (lambda step_s: steps * step_s) if training else None
+    timed = training_steps(plan, model, device) if training else forward_steps(plan, model, device)
+    known = None if again else known_plan(identity)
+    if known is None:
+        found = measured_plan(timed, candidates(device), images, seconds_left)
+    else:  # by a run of another length, for which torch.compile may have paid where here it does not
+        found = fitting_plan(known, timed, usual, images, seconds_left)
+    # Where no plan could be measured nothing is known, and nothing kept.
+    if known is None and found.measured.get(found.name) is None:
         return usual
-    keep_plan(identity, found)
+    if found.source == "measured":
+        keep_plan(identity, found)
     return found
 
 
