@@ -332,14 +332,15 @@ def test_combinations_that_contradict_are_refused_without_training(tiny, searche
     assert all(row["epochs"] == 0 for row in refused)
 
 
-def test_a_metric_that_val_cannot_define_fails(root, write_scenes, tmp_path, searched):
+def test_a_metric_that_val_cannot_define_is_refused_before_work(root, write_scenes, tmp_path, searched):
     parts = {"train/a": range(8), "train/b": range(10, 18), "val/a": range(20, 24), "test/a": [30], "test/b": [40]}
     folder = write_scenes(tmp_path / "scenes", parts)
     lines = [f"{each.relative_to(folder)},{each.parts[-2]},{each.parts[-3]}" for each in sorted(folder.rglob("*.png"))]
     (folder / "images.csv").write_text("\n".join(["path,label,split", *lines]) + "\n")
     import_dataset(folder / "images.csv", "lopsided", root, copy=True)
-    with pytest.raises(ZooError, match=r"the first failed: val cannot define auroc; set another finetune.metric"):
+    with pytest.raises(ZooError, match=r"^val cannot define auroc; set another finetune.metric \(split 'val'"):
         tune(searched(metric="auroc", epochs=1), "lopsided", 2, root=root)
+    assert not studies(root)
 
 
 # Going on ---------------------------------------------------------------------------------------------------------

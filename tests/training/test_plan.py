@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from zoo.data.manifest import load_dataset
+from zoo.data.sources import import_dataset
 from zoo.errors import ZooError
 from zoo.files import Home, write_json
 from zoo.runs import Run, list_runs, runs_on_split
@@ -243,3 +244,50 @@ def test_dropout_within_the_classifier_is_no_key_without_effect(tiny, make_recip
         assert make_plan(recipe, "tiny", 0, tiny).notes == ()
     finally:
         del own_models["dropping_net"]
+
+
+@pytest.fixture
+def lopsided(root, write_scenes, tmp_path):
+    """A home with the dataset `lopsided`, of classes a, b and c, whose val has those that are asked for."""
+
+    def make(val):
+        parts = {f"train/{name}": range(10 * place, 10 * place + 6) for place, name in enumerate("abc")}
+        parts |= {f"val/{name}": range(40 + 4 * place, 43 + 4 * place) for place, name in enumerate(val)}
+        parts |= {f"test/{name}": [60 + place] for place, name in enumerate("abc")}
+        folder = write_scenes(tmp_path / "scenes", parts)
+        rows = [(each.relative_to(folder), *each.parts[-2:-4:-1]) for each in sorted(folder.rglob("*.png"))]
+        lines = ["path,label,split", *(",".join(map(str, row)) for row in rows)]
+        (folder / "images.csv").write_text("\n".join(lines) + "\n")
+        import_dataset(folder / "images.csv", "lopsided", root, copy=True)
+        return root
+
+    return make
+
+
+def test_a_metric_that_val_cannot_define_is_refused_before_work(lopsided, make_recipe):
+    home = lopsided("b")
+    with pytest.raises(
+        ZooError, match=r"^val cannot define auroc; .* \(split 'val' of 'lopsided' has class b alone, of 3"
+    ):
+        make_plan(make_recipe(metric="auroc"), "lopsided", 0, home)
+    for metric in ("top1", "balanced_accuracy", "macro_f1", "log_loss"):
+        make_plan(make_recipe(metric=metric), "lopsided", 0, home)
+
+
+def test_a_metric_that_val_can_define_for_some_classes_is_taken(lopsided, make_recipe):
+    home = lopsided("ab")
+    run = train(make_recipe(metric="auroc", epochs=1), "lopsided", 0, home)
+    assert run.history()[-1]["val_auroc"] >= 0
+    assert run.record.notes == []
+
+
+def test_where_only_reading_the_images_shows_it_the_run_says_so(lopsided, make_recipe):
+    home = lopsided("ab")
+    dataset = load_dataset("lopsided", home)
+    for path in dataset.of_split("val").query("label == 'a'")["path"]:
+        (dataset.root / path).write_bytes(b"no image")
+    run = train(make_recipe(metric="auroc", epochs=3, patience=1), "lopsided", 0, home, bad_images="skip")
+    assert (run.record.best_epoch, run.record.epochs) == (1, 2)
+    assert run.record.notes == [
+        "val cannot define auroc: no epoch had a value, and the first is kept; set another finetune.metric"
+    ]

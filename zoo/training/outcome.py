@@ -77,11 +77,16 @@ def _average(trainer: Trainer, model: nn.Module) -> list[str]:
 
 def _notes(trainer: Trainer) -> list[str]:
     parts, size = trainer.progress.parts, trainer.recipe.finetune.batch_size
-    unsteady = [f"trained again it may have other bits: {trainer.unsteady}"] if trainer.unsteady else []
+    notes = [f"trained again it may have other bits: {trainer.unsteady}"] if trainer.unsteady else []
+    if trainer.progress.best_value is None:
+        metric = trainer.recipe.finetune.metric
+        notes.append(
+            f"val cannot define {metric}: no epoch had a value, and the first is kept; set another finetune.metric"
+        )
     if parts == 1:
-        return unsteady
+        return notes
     return [
-        *unsteady,
+        *notes,
         f"a batch of {size} needed more memory than there is: computed in {parts} parts, their gradients added up; "
         f"the effective batch is still {size}, but batch normalisation saw {-(-size // parts)} images at a time",
     ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from zoo.data.leaks import refuse_leaks
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.data.window import windowing_of, windowing_of_facts
 from zoo.errors import ZooError, one_line
+from zoo.evaluation.metrics import selection_score
 from zoo.files import Home, check_writable, digest_of, home
 from zoo.models.registry import (
     ModelSpec,
@@ -163,8 +166,8 @@ def make_plan(
 
     Raises ZooError for a dataset whose splits leak, unless accept_leaks, an unknown model, weights that cannot be
     reached or do not fit, a strategy that the model cannot follow, augmentation that does not exist, a device that
-    is not there, a batch larger than the training set, more loading processes or, by torchrun, training processes than
-    make sense, and folders that are full or cannot be written.
+    is not there, a batch larger than the training set, a metric that val cannot define, more loading processes or, by
+    torchrun, training processes than make sense, and folders that are full or cannot be written.
     """
     from zoo.data.transforms import make_augment
     from zoo.training.precision import choose_device, choose_plan, choose_workers
@@ -179,6 +182,7 @@ def make_plan(
     choose_plan(recipe.precision, device)
     choose_workers(recipe.workers, device)
     _check_batch(recipe, dataset)
+    _check_metric(recipe, dataset)
     spec = find_model(recipe.model.name)
     leaks_accepted = refuse_leaks(dataset, accept_leaks)
     weights, weights_from, source_run = _weights(recipe, spec, dataset, root, offline)
@@ -259,6 +263,20 @@ def _check_batch(recipe: Recipe, dataset: Dataset) -> None:
             f"finetune.batch_size={max(1, images // times // 4)}"
         )
     check_shares(images, size, world)
+
+
+def _check_metric(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse to choose the epoch by a metric that val's classes cannot define, whatever is predicted for them."""
+    metric, frame = recipe.finetune.metric, dataset.frame
+    there = set(frame.loc[frame["split"] == "val", "label"].unique())
+    labels = np.array([place for place, name in enumerate(dataset.classes) if name in there], np.int64)
+    blank = np.zeros((len(labels), len(dataset.classes)), np.float32)
+    if len(labels) and math.isnan(selection_score(metric, blank, labels)):
+        shown = ", ".join(one_line(dataset.classes[place]) for place in labels)
+        raise ZooError(
+            f"val cannot define {metric}; set another finetune.metric (split 'val' of {dataset.name!r} has class "
+            f"{shown} alone, of {len(dataset.classes)})"
+        )
 
 
 def check_shares(images: int, size: int, world: int) -> None:
