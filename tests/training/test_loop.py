@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from zoo.recipe import Recipe, load_recipe, parse_recipe
 from zoo.runs import Run, find_run, list_runs, run_lock
 from zoo.training.checkpoint import load_checkpoint
 from zoo.training.features import forward_pixels
-from zoo.training.loop import train
+from zoo.training.loop import train, train_plan
 from zoo.training.plan import make_plan
 from zoo.training.precision import PrecisionPlan, choose_device
 from zoo.training.scoring import evaluate, load_model
@@ -545,3 +547,28 @@ def test_frozen_stages_run_once_where_images_do_not_change_and_nothing_else_does
         with pytest.raises(Interrupted):
             train(broken, "tiny", 0, tiny, on_tick=interrupt_at(epoch))
     assert bits(train(broken, "tiny", 0, tiny)) == bits(kept)
+
+
+def test_frozen_stages_run_anew_where_the_disk_has_no_room_for_what_they_give_and_the_run_says_so(
+    tiny, make_recipe, monkeypatch, full_disk
+):
+    from zoo.training import boundary
+
+    monkeypatch.setattr(boundary, "WORTH", dict.fromkeys(("cpu", "cuda"), 0.0))
+    subprocess.run(["mount", "-o", "remount,size=16m", str(full_disk)], check=True)
+    common = {"policy": "none", "epochs": 3, "freeze": ["stem", "stages.0"], "image_size": 256, "precision": "float32"}
+    plan = replace(make_plan(make_recipe("roomless", **common), "tiny", 0, tiny), place=full_disk)
+
+    def none_kept(tick):
+        assert not list(full_disk.glob("*/checkpoint/boundary-*"))
+
+    with pytest.raises(Interrupted):
+        train_plan(plan, interrupt_at(2))
+    # What has room now had none when the run began, whose bits hang on it.
+    subprocess.run(["mount", "-o", "remount,size=200m", str(full_disk)], check=True)
+    run = train_plan(plan, none_kept)
+    assert run.record.notes == [
+        "the disk had no room to keep what the frozen stages make of val and train: computed anew in every epoch"
+    ]
+    monkeypatch.setattr(boundary, "WORTH", dict.fromkeys(("cpu", "cuda"), 1e12))  # never
+    assert bits(train(make_recipe("never", **common), "tiny", 0, tiny)) == bits(run)

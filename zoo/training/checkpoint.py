@@ -24,7 +24,7 @@ class Progress:
 
     epoch: finished epochs. step: batches done of the next one, whose sums so far are in partial. updates: of the
     optimiser. parts: into how many a batch is divided, because a whole one needs more memory than there is. threads,
-    precision: those that the run began with.
+    precision: those that the run began with. uncached: splits whose frozen stages' activations had no room on the disk.
     """
 
     epoch: int = 0
@@ -41,6 +41,7 @@ class Progress:
     threads: int = 0
     partial: dict[str, float] = field(default_factory=dict)
     precision: dict[str, Any] = field(default_factory=dict)
+    uncached: list[str] = field(default_factory=list)
 
     def end_epoch(self, row: dict[str, Any]) -> None:
         """Count an epoch as finished: its row is history, its sums are added to the run's."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from zoo.training.speed import to_input
 from zoo.training.strategy import Phase
 
 _EXAMPLES = 4  # images on which a boundary is proved
+_LEFT_FREE = 8  # times the weights: two checkpoints with an optimiser's moments, the best so far, the run's own
 
 
 class ActivationBatches:
@@ -52,7 +54,8 @@ class Inputs:
     """The batches of a run's network phase, and how val is scored.
 
     boundary: where the frozen stages end, where that pays; val's activations are then kept, and train's too where
-    images do not change from epoch to epoch. train_boundary: the same where train's are kept.
+    images do not change from epoch to epoch. train_boundary: the same where train's are kept. uncached: the splits
+    whose activations would have paid, but had no room.
     """
 
     batches: TrainBatches | ActivationBatches
@@ -63,6 +66,7 @@ class Inputs:
     boundary: Boundary | None = None
     train_boundary: Boundary | None = None
     val: Activations | None = None
+    uncached: list[str] = field(default_factory=list)
 
     def val_logits(self, model: nn.Module) -> torch.Tensor:
         """Return val's logits (N, C), float32 on the CPU, of the model or of a moving average of it."""
@@ -82,10 +86,12 @@ def make_inputs(
     folder: Path,
     phase: Phase,
     on_batch: OnBatch | None = None,
+    uncached: Sequence[str] | None = None,
 ) -> Inputs:
     """Return what a run's network phase works on.
 
     model: frozen as it will be trained. folder: of the run's checkpoint, which keeps activations until the run ends.
+    uncached: of a run that goes on, what it began with; its bits hang on it. Left out, the room on the disk decides.
     """
     recipe, epochs = plan.recipe, phase.epochs
     boundary = None
@@ -94,16 +100,32 @@ def make_inputs(
         if len(example) > 1:
             boundary = find_boundary(model, to_input(example, plan.preprocessing, precision, device), precision, device)
     inputs = Inputs(_augmented(plan, train_pixels, device, group, phase), val_pixels, plan, precision, device)
-    if boundary is not None and boundary.pays(len(val_pixels), epochs, device):
-        inputs.boundary = boundary
-        inputs.val = boundary.activations(model, val_pixels, "val", plan, precision, device, folder, on_batch)
-    if boundary is not None and _unchanging(recipe) and boundary.pays(len(train_pixels), epochs, device):
-        kept = boundary.activations(model, train_pixels, "train", plan, precision, device, folder, on_batch)
+    splits = {"val": val_pixels} | ({"train": train_pixels} if _unchanging(recipe) else {})
+    for split, pixels in splits.items():
+        if boundary is None or not boundary.pays(len(pixels), epochs, device):
+            continue
+        if split in uncached if uncached is not None else not _has_room(boundary, model, pixels, split, folder):
+            inputs.uncached.append(split)
+            continue
+        kept = boundary.activations(model, pixels, split, plan, precision, device, folder, on_batch)
+        if split == "val":
+            inputs.boundary, inputs.val = boundary, kept
+            continue
         inputs.batches.close()
         balanced = recipe.finetune.sampler == "balanced"
-        inputs.batches = ActivationBatches(kept, _batch_size(plan, train_pixels), plan.seed, balanced)
+        inputs.batches = ActivationBatches(kept, _batch_size(plan, pixels), plan.seed, balanced)
         inputs.train_boundary = boundary
     return inputs
+
+
+def _has_room(boundary: Boundary, model: nn.Module, pixels: Pixels, split: str, folder: Path) -> bool:
+    """Return whether a split's activations are there, or fit on the disk beside what the run itself will write."""
+    if any(folder.glob(f"boundary-{split}-*.npy")):
+        return True
+    weights = sum(each.numel() * each.element_size() for each in model.state_dict().values())
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    needed = len(pixels) * boundary.bytes_per_image + _LEFT_FREE * weights
+    return bool(shutil.disk_usage(there).free >= needed)
 
 
 def _unchanging(recipe: Recipe) -> bool:

@@ -83,6 +83,11 @@ def _notes(trainer: Trainer) -> list[str]:
         notes.append(
             f"val cannot define {metric}: no epoch had a value, and the first is kept; set another finetune.metric"
         )
+    if trainer.progress.uncached:
+        splits = " and ".join(trainer.progress.uncached)
+        notes.append(
+            f"the disk had no room to keep what the frozen stages make of {splits}: computed anew in every epoch"
+        )
     if parts == 1:
         return notes
     return [

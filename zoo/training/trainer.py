@@ -261,7 +261,7 @@ class Trainer:
                 break
 
     def _inputs(self, model: nn.Module, phase: Phase) -> Inputs:
-        return make_inputs(
+        inputs = make_inputs(
             self.plan,
             model,
             self.train_pixels,
@@ -272,7 +272,10 @@ class Trainer:
             self.folder,
             phase,
             self._counted("frozen stages"),
+            None if self.checkpoint is None else self.progress.uncached,
         )
+        self.progress.uncached = inputs.uncached
+        return inputs
 
     def _epoch(self, model: nn.Module, trainer: EpochTrainer, inputs: Inputs, phase: Phase, epoch: int) -> None:
         size = image_size_of(self.recipe, phase, epoch, self.plan.preprocessing.image_size)
