@@ -16,7 +16,7 @@ from zoo.deployment.speed import Latency
 from zoo.errors import Interrupted, ZooError, nearest, one_line
 from zoo.evaluation.floors import FLOOR_METRICS, dataset_floors
 from zoo.evaluation.ledger import looks_at_test
-from zoo.evaluation.metrics import negative_index
+from zoo.evaluation.metrics import METRIC_SIGN, negative_index
 from zoo.evaluation.resampling import METRICS
 from zoo.evaluation.statistics import metric_intervals
 from zoo.files import Home, home
@@ -92,8 +92,12 @@ class Wish:
                 raise ZooError(
                     f"{what} must be one of {', '.join(known)}. Got {one_line(value, 80)!r}{nearest(value, known)}"
                 )
-        if not 0 <= self.margin < math.inf:
-            raise ZooError(f"the margin must be 0 or more, e.g. 0.01 for one point. Got {self.margin}")
+        most = 1.0 if METRIC_SIGN[self.metric] > 0 else math.inf
+        if not (0 <= self.margin <= most and self.margin < math.inf):
+            raise ZooError(
+                f"the margin must be {'in [0, 1]' if most == 1 else '0 or more'} of {self.metric}; 0.01 is one point. "
+                f"Got {self.margin:g}"
+            )
         check_defined(self.metric, classes, negative_class)
         return make_limits(
             max_latency_ms=self.max_latency_ms,
@@ -228,7 +232,11 @@ def _runs(source: Any, root: Home) -> tuple[Dataset, list[Run], list[Run]]:
         if "runs" not in source.columns:
             raise ZooError("the table has no column `runs`; give one of `compare`, or runs, or a dataset's name")
         source = [name for names in source["runs"] for name in names]
+    if not isinstance(source, Iterable):
+        raise ZooError(f"pick from a table of compare, runs, or a dataset's name. Got {type(source).__name__}")
     named = [find_run(each, root) if isinstance(each, str) else each for each in source]
+    if strange := [type(each).__name__ for each in named if not isinstance(each, Run)]:
+        raise ZooError(f"pick takes runs or their names. Got {strange[0]}")
     runs = [run for run in named if run.finished]
     if not runs:
         raise ZooError(f"there is no finished run to pick from. Got {len(named)} runs; train one with `zoo train`")

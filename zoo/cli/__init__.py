@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -61,6 +62,7 @@ class _Terminated(KeyboardInterrupt):
 
 
 _terminated = False
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a stream: files name themselves in errors
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -80,6 +82,7 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
         if code == EXIT_SIGINT:  # typer turns an interruption into this number, whatever the signal was
             _exit_interrupted("interrupted", EXIT_SIGTERM if _terminated else EXIT_SIGINT)
+        sys.stdout.flush()  # here, where it may still be told that it cannot be written
         sys.exit(code if isinstance(code, int) else 0)
     except Interrupted as error:
         _exit_interrupted(str(error), error.exit_code)
@@ -96,6 +99,12 @@ def main() -> NoReturn:
             raise  # click itself turns a broken pipe into exit code 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NO_ROOM:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say(f"error: cannot write standard output: {error.strerror}; free space there, or send it elsewhere")
+        sys.exit(EXIT_MISTAKE)
     except Exception as error:
         _exit_for_usage(error)
 

@@ -9,6 +9,8 @@ import typer
 from zoo.cli.screen import HomeOption, JsonOption
 
 _HIDDEN = ("path", "hub_id", "origin", "split_digest", "mean", "std", "sha256", "size_bytes", "datasets", "run")
+# Columns of runs and bundles that go first where the screen is narrow.
+_LEAST = ("train s", "precision", "format", "model", "size MB", "val top1", "reason", "test top1", "status")
 KINDS = ("models", "recipes", "datasets", "benchmarks", "runs", "bundles")
 
 
@@ -69,7 +71,8 @@ def list_(
         "MB",
     )
     heads = [key.replace("_", " ") for key in shown]
-    print_table(heads, cells, numbers=numbers, folded=("name",), cut=("summary", "reason"))
+    least = _LEAST if any(row.get("reason") for row in rows) else ("reason", *_LEAST)
+    print_table(heads, cells, numbers=numbers, folded=("name",), cut=("summary", "reason"), least=least)
 
 
 def _matches(name: str, pattern: str) -> bool:

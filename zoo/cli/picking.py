@@ -49,7 +49,7 @@ def pick(
     """Choose what to deploy: what keeps the limits, is not worse than the best on val, and costs the least."""
     from zoo.benchmark.picking import Wish, outcome
     from zoo.cli.screen import bars, print_json
-    from zoo.errors import ZooError
+    from zoo.errors import ZooError, one_line
     from zoo.files import home as home_of
     from zoo.reporting.pick import parse_minimums
 
@@ -57,6 +57,8 @@ def pick(
         max_latency_ms, max_size_mb, max_memory_mb, parse_minimums(min_ or []), margin, metric, cost, percentile
     )
     root = home_of()
+    if figure is not None and (figure.suffix.lower() != ".png" or figure.is_dir()):  # before the look at test
+        raise ZooError(f"--figure must be a file that ends in .png. Got {one_line(figure)!r}")
     with bars(quiet=json) as shown:
 
         def progress(what: str, done: int, total: int) -> None:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zoo.cli.screen import HomeOption, JsonOption
+from zoo.cli.screen import HomeOption
 
 if TYPE_CHECKING:
     from zoo.deployment.images import Source
@@ -49,12 +49,12 @@ def predict(
     explain: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder for pictures of where the network looked.")
     ] = None,
-    json: JsonOption = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON Lines, one object an image, as they come.")] = False,
     home: HomeOption = None,
 ) -> None:
     """Predict images: calibrated scores, prediction set, and whether to refer to a human.
 
-    With --json one object a line. A bad file is a row with its reason; exit code 1 where every file is bad.
+    A bad file is a row with its reason; exit code 1 where every file is bad.
     """
     from zoo.cli.screen import bars
     from zoo.deployment.predictor import Predictor
@@ -129,9 +129,12 @@ def _form(json: bool, csv: bool, output: Path | None) -> str:
         raise ZooError("--json and --csv exclude each other; take one")
     if output is None:
         return "jsonl" if json else "csv" if csv else "table"
-    form = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}.get(output.suffix.lower())
-    if form is None or (json and form != "jsonl") or (csv and form != "csv"):
-        raise ZooError(f"--output must end in .csv or .jsonl, as the format asked. Got {one_line(output)!r}")
+    form = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(output.suffix.lower())
+    if form is None:
+        raise ZooError(f"--output must end in .csv or .jsonl. Got {one_line(output)!r}")
+    if (json and form != "jsonl") or (csv and form != "csv"):
+        asked, ending = ("--json", ".jsonl") if json else ("--csv", ".csv")
+        raise ZooError(f"{asked} writes {ending}. Got {one_line(output)!r}; leave out {asked}, or name a {ending} file")
     if os.path.isdir(user_path(output)):  # noqa: PTH112
         raise ZooError(f"cannot write {one_line(output)!r}: it is a folder; name a file")
     return form
@@ -170,14 +173,17 @@ def _line_writer(form: str, predictor: Predictor, explained: bool, put: Callable
     if form == "jsonl":
         return lambda found: put(to_json(found.row(explained)) + "\n")
     heads = ["path", "label", "refer", "refer_reason", "prediction_set", "error"]
-    put(_csv_line([*heads, *(f"score {name}" for name in predictor.classes), *(["explanation"] if explained else [])]))
+    points, last = list(predictor.rules.operating_points or {}), ["explanation"] if explained else []
+    named = [*(f"score {name}" for name in predictor.classes), *(f"positive at {name}" for name in points)]
+    put(_csv_line([*heads, *named, *last]))
 
     def write(found: Prediction) -> None:
         row = found.row(explained)
         cells = [row[head] for head in heads]
         cells[4] = " | ".join(found.prediction_set)
-        scores = [found.scores.get(name) for name in predictor.classes]
-        put(_csv_line([*cells, *scores, *([found.explanation] if explained else [])]))
+        cells += [found.scores.get(name) for name in predictor.classes]
+        cells += [(found.points or {}).get(name) for name in points]
+        put(_csv_line([*cells, *([found.explanation] if explained else [])]))
 
     return write
 
@@ -229,7 +235,8 @@ def _print_rows(rows: list[list[str]]) -> None:
 def _say_counts(images: int, referred: int, failed: int, output: Path | None) -> None:
     from zoo.cli.screen import console
 
-    counts = f"{images} images: {images - referred - failed} answered, {referred} referred, {failed} unreadable"
+    answered = f"{images - failed} answered" + (f", {referred} of them referred to a human" if referred else "")
+    counts = f"{images} image{'s' if images > 1 else ''}: {answered}, {failed} unreadable"
     console().print(counts + (f"; {output}" if output else ""), markup=False, soft_wrap=True)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from zoo.cli.screen import AcceptLeaksOption, BadImagesOption, HomeOption, JsonOption, OfflineOption, SetOption
 from zoo.cli.tuning import find_lr
+from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from zoo.cli.screen import Bars
@@ -35,7 +36,7 @@ def train(
         typer.Option("--log", metavar="tensorboard|mlflow", help="Write the run there, too; repeatable."),
     ] = None,
     lr_find: Annotated[
-        bool, typer.Option("--lr-find", help="Only test learning rates, with a figure; nothing is kept.")
+        bool, typer.Option("--lr-find", help="Only test learning rates; no weights are kept, the figure is.")
     ] = False,
     bad_images: BadImagesOption = None,
     accept_leaks: AcceptLeaksOption = False,
@@ -53,6 +54,8 @@ def train(
     loaded = load_recipe(recipe, assignments(set_))
     writers = check_writers(log or [])
     if lr_find:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise ZooError("--lr-find is the work of one process; run it without torchrun")
         find_lr(loaded, data, seed, offline=offline, bad_images=bad_images, accept_leaks=accept_leaks, json=json)
         return
     plan = make_plan(loaded, data, seed, offline=offline, bad_images=bad_images, accept_leaks=accept_leaks)

@@ -85,15 +85,20 @@ def print_table(
     numbers: Iterable[str] = (),
     folded: Iterable[str] = (),
     cut: Iterable[str] = (),
+    least: Sequence[str] = (),
 ) -> None:
-    """Print a table; `numbers` are the heads aligned right, `folded` those that may wrap, `cut` be cut short."""
+    """Print a table; `numbers` are the heads aligned right, `folded` those that may wrap, `cut` be cut short.
+
+    least: heads that are left out, the first first, while the others have not the room for whole names.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     out = console()
     right, wrapped = set(numbers), set(folded)
-    cells = _shortened(list(heads), [list(row) for row in rows], set(cut), out.width)
+    heads, written = _without(least, list(heads), [list(row) for row in rows], set(cut), out.width)
+    cells = _shortened(heads, written, set(cut), out.width)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
         table.add_column(
@@ -107,6 +112,21 @@ def print_table(
     if title:
         out.print(Text(title, style="bold"), soft_wrap=True)
     out.print(table)
+
+
+def _without(
+    least: Sequence[str], heads: list[str], rows: list[list[str]], cut: set[str], width: int
+) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and rows less the columns that there is no room for."""
+    longest = {
+        head: 16 if head in cut else max(len(row[place]) for row in [heads, *rows]) for place, head in enumerate(heads)
+    }
+    for head in least:
+        if sum(longest.values()) + 3 * len(longest) - 2 <= width:
+            break
+        longest.pop(head, None)
+    places = [place for place, head in enumerate(heads) if head in longest]
+    return [heads[place] for place in places], [[row[place] for place in places] for row in rows]
 
 
 def _shortened(heads: list[str], rows: list[list[str]], cut: set[str], width: int) -> list[list[str]]:

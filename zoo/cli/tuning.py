@@ -22,7 +22,7 @@ def add_to(parent: typer.Typer) -> None:
 
 
 def tune(
-    recipe: Annotated[str, typer.Argument(help="Name of `zoo list recipes`, or a .toml file, with a [search] table.")],
+    recipe: Annotated[str, typer.Argument(help="Name of `zoo list recipes`, or a .toml file, with \\[search].")],
     data: Annotated[str, typer.Option("--data", help="Name of the dataset.")],
     trials: Annotated[int, typer.Option(help="Trials of the study in all, those of earlier calls included.")] = 20,
     timeout: Annotated[
@@ -41,7 +41,7 @@ def tune(
     json: JsonOption = False,
     home: HomeOption = None,
 ) -> None:
-    """Search a recipe's [search] space on train and val; write the best as a recipe, and what mattered."""
+    r"""Search a recipe's \[search] space on train and val; write the best as a recipe, and what mattered."""
     from zoo.benchmark.tune import parse_duration
     from zoo.benchmark.tune import tune as search
     from zoo.cli.screen import assignments, bars, check_bad_images, print_json

@@ -323,7 +323,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, (Image.DecompressionBombError, MemoryError)):
         return "too large"
     plain = text.split(" (")[0]
-    return f"unreadable: {plain}" if plain in _SAID else f"unreadable ({type(error).__name__})"
+    return f"unreadable: {plain}" if plain in _SAID else "unreadable: damaged, or of a kind that is not supported"
 
 
 _quiet_lock = threading.Lock()

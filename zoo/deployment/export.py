@@ -29,6 +29,7 @@ from zoo.deployment.bundle import (
     BundleRecord,
     Sample,
     open_bundle,
+    read_record,
     seal,
 )
 from zoo.deployment.card import card_text
@@ -148,13 +149,14 @@ def export(
     metric = metric or str(judged.get("metric", "top1"))
     _check_kind(format, precision)
     check_gate(metric, margin)
-    run = find_run(run, root) if isinstance(run, str) else run if isinstance(run, Run) else run.run
+    run = find_run(run, root) if isinstance(run, str) else run if isinstance(run, Run) else _run_of(run)
     record = finished_record(run)
     usual = own.name if own else f"{run.name}--{format}-{precision}"
     bundle_name = check_name(name, "bundle") if name is not None else usual
     dataset = _dataset(run, record, root)
     shown = progress or (lambda *_: None)
     job = _Job(run, record, root, dataset, format, precision, bundle_name, metric, margin, shown)
+    _check_target(job)
     set_threads()
     with Interruption() as interruption, _lock(job), _staging(job) as folder:
         verdict, predictions = _make(job, folder, say)
@@ -168,6 +170,13 @@ def export(
             _put_in_place(folder, job.target)
         interruption.check()
     return open_bundle(job.target)
+
+
+def _run_of(source: Any) -> Run:
+    found = getattr(source, "run", None)
+    if not isinstance(found, Run):
+        raise ZooError(f"export takes a run, its name, or a choice of pick. Got {type(source).__name__}")
+    return found
 
 
 def _bundle_of(source: Any) -> Bundle | None:
@@ -185,6 +194,20 @@ def _check_kind(form: str, precision: str) -> None:
     if (form, precision) == ("onnx", "bf16"):
         raise ZooError(
             "ONNX Runtime computes no bf16 on a CPU. Got format onnx with precision bf16; take format openvino, or fp16"
+        )
+
+
+def _check_target(job: _Job) -> None:
+    """Refuse to put a bundle in the place of another run's, or of another kind of this run's."""
+    try:
+        there = read_record(job.target)
+    except (ZooError, OSError):
+        return  # nothing, or nothing whole
+    own, other = (job.run.name, job.format, job.precision), (there.run, there.format, there.precision)
+    if own != other:
+        raise ZooError(
+            f"bundle {job.name!r} is there already, of run {one_line(there.run)!r} as {there.format} in "
+            f"{there.precision}; take another --name, or delete its folder"
         )
 
 

@@ -38,7 +38,7 @@ class Lost:
 Source = Path | Encoded | Lost
 
 
-def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Return the files that paths mean, in the order given.
 
     A file is itself, whatever its ending; a folder all images below it, in order of names, DICOM without an ending
@@ -46,11 +46,13 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     matches, each file once, and of folders that it matches only images count. Links are followed, but not back to a
     folder that they lie in; one that leads nowhere is a file that cannot be read.
 
-    Raises ZooError where a path is empty or not there, a pattern matches nothing, a folder holds no image, or no path
-    is given.
+    Raises ZooError where a path is none, empty or not there, a pattern matches nothing, a folder holds no image, or no
+    path is given.
     """
     found: list[Path] = []
-    for given in paths:
+    for given in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        if not isinstance(given, (str, os.PathLike)):
+            raise ZooError(f"images are given by their paths. Got {type(given).__name__}; write it to a file first")
         if not os.fspath(given):
             raise ZooError("a path is empty; give files, folders or patterns, . for the current folder")
         path = user_path(given)

@@ -250,7 +250,7 @@ class Predictor:
 
     def predict(
         self,
-        paths: Iterable[str | os.PathLike[str]],
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         batch_size: int = 32,
         explain: str | os.PathLike[str] | None = None,
     ) -> list[Prediction]:
@@ -271,6 +271,8 @@ class Predictor:
             if not os.fspath(explain):
                 raise ZooError("explain needs a folder for its pictures. Got an empty name")
             folder = user_path(explain)
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise ZooError(f"explain needs a folder for its pictures. Got the file {one_line(folder)!r}")
             check_writable(folder)
         numbered, threads = enumerate(files), list[threading.Thread]()
         pool = ThreadPoolExecutor(

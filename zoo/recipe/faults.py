@@ -150,7 +150,12 @@ def contradictions(recipe: Recipe) -> list[str]:
     if tune.strategy == "full" and tune.head_epochs is not None:
         faults.append("finetune.head_epochs means nothing where finetune.strategy = 'full'; leave it out")
     faults += _training_contradictions(recipe) + _average_contradictions(recipe)
-    return faults + _warmup_contradictions(recipe)
+    if recipe.schedule.warmup_epochs >= tune.epochs and recipe.schedule.warmup_epochs > 0:
+        faults.append(
+            f"schedule.warmup_epochs must be below finetune.epochs ({tune.epochs}). "
+            f"Got {_number(recipe.schedule.warmup_epochs)}"
+        )
+    return faults
 
 
 def _training_contradictions(recipe: Recipe) -> list[str]:
@@ -181,17 +186,6 @@ def _training_contradictions(recipe: Recipe) -> list[str]:
     if recipe.loss.name != "focal" and recipe.loss.gamma is not None:
         faults.append("loss.gamma means nothing without loss.name = 'focal'; leave it out")
     return faults
-
-
-def _warmup_contradictions(recipe: Recipe) -> list[str]:
-    """Return a fault where the phase that decides the run, the whole network's or a probe's head's, is all warm-up."""
-    tune, wanted = recipe.finetune, recipe.schedule.warmup_epochs
-    head = 0 if tune.strategy == "linear-probe" else recipe.head_epochs
-    epochs = tune.epochs - head
-    if wanted == 0 or wanted < epochs or epochs <= 0:  # the last is said of head_epochs
-        return []
-    of = f" - head_epochs ({tune.epochs} - {head})" if head else f" ({tune.epochs})"
-    return [f"schedule.warmup_epochs must be below finetune.epochs{of}. Got {_number(wanted)}"]
 
 
 def _average_contradictions(recipe: Recipe) -> list[str]:

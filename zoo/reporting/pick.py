@@ -143,7 +143,8 @@ def parse_minimum(text: str) -> tuple[str, float]:
             raise ValueError
         return key.strip(), float(value)
     except ValueError:
-        raise ZooError(f"--min must be METRIC=V, e.g. sensitivity=0.95. Got {one_line(text, 80)!r}") from None
+        hint = "; write a percentage as a fraction, 0.95" if value.strip().endswith("%") else ""
+        raise ZooError(f"--min must be METRIC=V, e.g. sensitivity=0.95. Got {one_line(text, 80)!r}{hint}") from None
 
 
 def parse_minimums(texts: Iterable[str]) -> dict[str, float]:
@@ -171,7 +172,7 @@ def _check_minimum(key: str, least: float, classes: Sequence[str], negative_clas
         raise ZooError(f"a least value must be of one of {', '.join(known)}. Got {one_line(key, 80)!r}{near}")
     check_defined(name, classes, negative_class)
     if not 0 <= least <= 1:
-        fix = f"; write {least / 100:g}" if 1 < least <= 100 else ""
+        fix = f"; write {least / 100:g}" if 2 <= least <= 100 else ""
         raise ZooError(f"the least {one_line(key, 80)} must be in [0, 1]. Got {least:g}{fix}")
 
 
