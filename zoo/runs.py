@@ -128,8 +128,26 @@ class Run:
         return self.path / f"metrics-{split}.json"
 
     def scored(self, split: str) -> bool:
-        """Return whether predictions and metrics of a split are both there."""
-        return self.metrics_file(split).is_file() and self.predictions_file(split).is_file()
+        """Return whether predictions and metrics of a split are both there, and not of weights that were replaced."""
+        if not (self.metrics_file(split).is_file() and self.predictions_file(split).is_file()):
+            return False
+        try:
+            of, now = self.metrics(split).get("weights_sha256"), self.record.weights_sha256
+        except ZooError:
+            return True  # whoever reads them says what is wrong
+        return of is None or now is None or of == now
+
+    def clear(self) -> None:
+        """Remove the record and every split's scores, before other weights take the place of those that they are of.
+
+        What names its weights by digest stays (`exports/`, `probe-val.json`). Raises ZooError where that fails.
+        """
+        scores = [file for split in SPLITS for file in (self.metrics_file(split), self.predictions_file(split))]
+        for file in (self.path / "run.json", self.path / "traceback.txt", *scores):
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                raise write_error(file, error) from error
 
     @property
     def record(self) -> RunRecord:

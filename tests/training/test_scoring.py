@@ -8,6 +8,7 @@ from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import read_predictions
+from zoo.files import sha256_file, write_json
 from zoo.runs import Run, list_runs
 from zoo.training.precision import choose_device
 from zoo.training.scoring import evaluate, load_model, predictions_of
@@ -110,3 +111,23 @@ def test_a_loaded_model_is_ready_to_use(trained, run):
     stored = read_predictions(run.predictions_file("test")).logits[0]
     near = {"rtol": 1e-4, "atol": 1e-5} if device.type == "cpu" else {"rtol": 1e-2, "atol": 1e-3}  # TF32
     np.testing.assert_allclose(logits[0].numpy(), stored, **near)
+
+
+def test_scores_of_other_weights_are_scored_anew_and_older_ones_without_a_digest_stay(trained, run):
+    good = run.metrics("test")
+    assert good["weights_sha256"] == run.record.weights_sha256 == sha256_file(run.weights_file)
+    write_json(run.metrics_file("test"), {**good, "top1": -1.0, "weights_sha256": "0" * 64})
+    assert not run.scored("test")
+    assert evaluate(run, "test", trained) == good and run.scored("test")
+    older = {key: value for key, value in good.items() if key != "weights_sha256"}
+    write_json(run.metrics_file("test"), older)
+    assert run.scored("test") and evaluate(run, "test", trained) == older
+    run.write_record(run.record.model_copy(update={"weights_sha256": None}))
+    write_json(run.metrics_file("test"), good)
+    assert evaluate(run, "test", trained) == good
+
+
+def test_damaged_metrics_are_said(trained, run):
+    run.metrics_file("test").write_text("{")
+    with pytest.raises(ZooError, match="is no valid JSON"):
+        evaluate(run, "test", trained)

@@ -67,8 +67,7 @@ def train_plan(plan: Plan, on_tick: OnTick | None = None, on_epoch: OnEpoch | No
                 return plan.run
             if group.leads:
                 # What a failed run has saved is good: it goes on from there once the cause is mended.
-                for name in ("run.json", "traceback.txt"):
-                    (plan.run.path / name).unlink(missing_ok=True)
+                plan.run.clear()
             return _guarded(plan, group, on_tick or (lambda _: None), on_epoch or (lambda _: None))
 
 

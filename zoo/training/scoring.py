@@ -96,7 +96,8 @@ def write_scores(run: Run, record: RunRecord, pixels: Pixels, split: str, logits
     metrics = compute_metrics(predictions, record.classes, record.negative_class)
     metrics["images_skipped"] = pixels.skipped
     write_predictions(run.predictions_file(split), predictions)
-    write_json(run.metrics_file(split), {"run": run.name, "split": split, **metrics})
+    of = {"weights_sha256": record.weights_sha256} if record.weights_sha256 else {}
+    write_json(run.metrics_file(split), {"run": run.name, "split": split, **of, **metrics})
     return metrics
 
 
@@ -189,7 +190,7 @@ def evaluate(
     bad_images: str | None = None,
     progress: ImageProgress | None = None,
 ) -> dict[str, Any]:
-    """Score a finished run on a split once, and return the metrics; a split scored before is not scored again.
+    """Score a finished run on a split once, and return the metrics; a split scored before, by these weights, is not scored again.
 
     bad_images: `fail` or `skip`; left out, what the run was trained with.
 
@@ -199,7 +200,7 @@ def evaluate(
     if split not in SPLITS:
         raise ZooError(f"split must be one of {', '.join(SPLITS)}. Got {one_line(split)!r}")
     record = finished_record(run)
-    if run.metrics_file(split).is_file() and run.predictions_file(split).is_file():
+    if run.scored(split):
         return run.metrics(split)
     dataset = load_dataset(record.dataset, root or home())
     if dataset.split_digest != record.split_digest:
