@@ -190,9 +190,10 @@ def evaluate(
     bad_images: str | None = None,
     progress: ImageProgress | None = None,
 ) -> dict[str, Any]:
-    """Score a finished run on a split once, and return the metrics; a split scored before, by these weights, is not scored again.
+    """Score a finished run on a split once, and return the metrics; a split that was is not scored again.
 
-    bad_images: `fail` or `skip`; left out, what the run was trained with.
+    bad_images: `fail` or `skip`; left out, what the run was trained with. Scores that say that they are of other
+    weights are replaced.
 
     Raises ZooError where the run did not finish or the dataset's split is no longer the one it was trained on.
     """
