@@ -242,9 +242,13 @@ def on_split(run: Run, split_digest: str) -> bool:
         return False  # `zoo list runs` names it
 
 
+class RunHeld(ZooError):
+    """Another process is at a run: nothing has failed, and nothing of it is recorded."""
+
+
 @contextmanager
-def run_lock(root: Home, name: str) -> Iterator[None]:
-    """Hold the run for this process; raises ZooError that says who holds it.
+def run_lock(root: Home, name: str, wait: bool = False) -> Iterator[None]:
+    """Hold the run for this process; raises RunHeld that says who holds it, or waits for that one to end.
 
     The operating system frees the lock when its holder dies, so no lock is ever stale. What a process that was
     killed left half written in the run's folder is removed.
@@ -252,7 +256,7 @@ def run_lock(root: Home, name: str) -> Iterator[None]:
     import socket
 
     path, holder = root.locks / f"{name}.lock", root.locks / f"{name}.json"
-    lock = _acquired(path, holder, name)
+    lock = _acquired(path, holder, name, wait)
     try:
         remove_half_written(root.runs / name)
         remove_half_written(root.locks, holder.name)
@@ -264,26 +268,27 @@ def run_lock(root: Home, name: str) -> Iterator[None]:
         lock.release()
 
 
-def _acquired(path: Path, holder: Path, name: str) -> BaseFileLock:
+def _acquired(path: Path, holder: Path, name: str, wait: bool) -> BaseFileLock:
     """Return the lock, held; a holder that has only just come or gone cannot be told yet and is asked again."""
     from filelock import FileLock, Timeout
 
-    who = None
-    for _ in range(20):
+    tries = 0
+    while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path, timeout=0)
             lock.acquire()
         except Timeout:
+            tries += 1
             who = _living_holder(holder)
-            if who is not None:
-                break
+            if not wait and (who is not None or tries == 20):
+                who = who or "another process"
+                raise RunHeld(f"run {name!r} is being trained by {who}; wait for it, or stop it") from None
             time.sleep(0.1)
         except OSError as error:
             raise write_error(path, error) from error
         else:
             return lock
-    raise ZooError(f"run {name!r} is being trained by {who or 'another process'}; wait for it, or stop it")
 
 
 def _living_holder(file: Path) -> str | None:

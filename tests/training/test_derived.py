@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from zoo.errors import Interrupted, ZooError
 from zoo.evaluation.predictions import read_predictions
 from zoo.files import sha256_file
-from zoo.runs import find_run, list_runs
-from zoo.training.loop import train
+from zoo.runs import RunHeld, find_run, list_runs, run_lock
+from zoo.training.derived import sources
+from zoo.training.loop import train, train_plan
 from zoo.training.plan import make_plan
 from zoo.training.scoring import evaluate
 
@@ -108,3 +109,12 @@ def test_a_source_that_fails_is_the_reason(tiny, make_recipe):
     records = {run.record.recipe: run.record for run in list_runs(tiny)}
     assert {name: record.status for name, record in records.items()} == {"wild": "failed", "wild-tta": "failed"}
     assert "not finite" in records["wild-tta"].reason
+
+
+def test_a_run_whose_source_another_process_trains_has_not_failed(tiny, make_recipe):
+    plan = make_plan(make_recipe("net-tta", tta="flip"), "tiny", 0, tiny)
+    source = sources(plan)[-1].run.name
+    with run_lock(tiny, source), pytest.raises(RunHeld, match=f"run '{source}' is being trained by process"):
+        train_plan(plan)
+    assert not (plan.run.path / "run.json").exists()
+    assert train_plan(plan).finished

@@ -12,7 +12,7 @@ from zoo.data.manifest import Dataset
 from zoo.errors import Interrupted, ZooError, one_line
 from zoo.files import Home, write_text
 from zoo.recipe import Recipe
-from zoo.runs import Run, run_lock
+from zoo.runs import Run, RunHeld, run_lock
 from zoo.training.checkpoint import remove_checkpoints
 from zoo.training.derived import derive, is_derived, sources
 from zoo.training.interruption import Interruption
@@ -100,7 +100,8 @@ def _guarded(plan: Plan, group: Group, on_tick: OnTick, on_epoch: OnEpoch) -> Ru
         raise Interrupted(
             f"interrupted; run {plan.run.name!r} goes on where it stopped with the same command", code
         ) from None
-    except (StopRun, Interrupted):  # an interrupted run is no failed one, nor is what would have been made of it
+    except (StopRun, Interrupted, RunHeld):
+        # An interrupted run is no failed one, nor is what would have been made of it, or of one that another trains.
         raise
     except ZooError as error:
         _record_failure(plan, group, str(error))
