@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -131,3 +134,62 @@ def test_damaged_metrics_are_said(trained, run):
     run.metrics_file("test").write_text("{")
     with pytest.raises(ZooError, match="is no valid JSON"):
         evaluate(run, "test", trained)
+
+
+SCORE = """
+import sys
+from zoo.files import home
+from zoo.training.scoring import evaluate
+print("ready", flush=True)
+sys.stdin.readline()
+print(evaluate(sys.argv[1], "test", home())["log_loss"])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_look_at_a_test_once(trained, run):
+    expected, looks = run.metrics("test")["log_loss"], len(trained.ledger.read_text().splitlines())
+    run.predictions_file("test").unlink()
+    run.metrics_file("test").unlink()
+    command = [sys.executable, "-c", SCORE, run.name]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    assert [each.stdout.readline() for each in both] == ["ready\n"] * 2
+    for each in both:
+        each.stdin.write("\n")
+        each.stdin.flush()
+    assert [float(each.communicate(timeout=120)[0]) for each in both] == [expected] * 2
+    assert len(trained.ledger.read_text().splitlines()) == looks + 1
+
+
+def test_what_another_process_scored_meanwhile_is_taken(trained, run, monkeypatch):
+    from zoo.training import scoring
+
+    really = scoring.run_lock
+
+    def late(*args, **options):
+        monkeypatch.setattr(scoring, "run_lock", really)
+        evaluate(run, "test", trained)  # what the other process does before it lets go
+        return really(*args, **options)
+
+    run.metrics_file("test").unlink()
+    looks = len(trained.ledger.read_text().splitlines())
+    monkeypatch.setattr(scoring, "run_lock", late)
+    evaluate(run, "test", trained)
+    assert len(trained.ledger.read_text().splitlines()) == looks + 1
+
+
+def test_a_run_whose_scoring_fails_is_noted_as_looked_at_and_its_lock_is_free(trained, run, monkeypatch):
+    from zoo.training import scoring
+
+    def broken(*_):
+        raise ZooError("the disk is full")
+
+    run.metrics_file("test").unlink()
+    looks = len(trained.ledger.read_text().splitlines())
+    with monkeypatch.context() as patched, pytest.raises(ZooError, match="the disk is full"):
+        patched.setattr(scoring, "write_scores", broken)
+        evaluate(run, "test", trained)
+    assert len(trained.ledger.read_text().splitlines()) == looks + 1
+    evaluate(run, "test", trained)
+    assert run.scored("test") and not list(trained.locks.glob("*.json"))
