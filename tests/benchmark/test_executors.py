@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from zoo.errors import ZooError
 from zoo.files import home, sha256_file, write_toml
 from zoo.models.registry import register_model
 from zoo.models.spec import own_models
-from zoo.runs import list_runs
+from zoo.runs import list_runs, run_lock
 
 # A network that others than this process know, too; it notes each forward pass, and may end its process.
 PLUGIN = """
@@ -173,6 +174,27 @@ def test_a_process_that_dies_is_a_failed_row_and_the_others_go_on(tiny, plugin):
     again = bench(data="tiny", recipes=["killed", "fine", "left", "tiny"], seeds=1)
     assert again.failed == 0
     assert not list(tiny.locks.glob("*.json"))
+
+
+def test_a_process_s_death_is_not_recorded_of_a_run_that_another_is_at(tiny, make_recipe):
+    from zoo.training.plan import make_plan
+
+    plan = make_plan(make_recipe(), "tiny", 0, tiny)
+    plan.run.path.mkdir(parents=True)
+
+    def bury():
+        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+        mine, theirs = Pipe()
+        theirs.close()
+        crew = executors._Crew([plan], [0], 2, None, lambda _: None, lambda _: None, {})
+        crew.workers.append(executors._Worker(process, mine, ready=True, number=0))
+        crew._bury(crew.workers[0])
+        return crew.results[0].reason
+
+    with run_lock(tiny, plan.run.name):
+        assert bury() == "its process ended with exit code 7"
+        assert not (plan.run.path / "run.json").exists()
+    assert bury() == plan.run.record.reason == "its process ended with exit code 7"
 
 
 @pytest.mark.slow
