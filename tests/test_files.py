@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from zoo.files import (
     list_toml,
     read_json,
     read_toml,
+    remove_half_written,
     sha256_bytes,
     sha256_file,
     to_json,
@@ -157,3 +162,37 @@ def test_the_user_s_recipe_comes_before_the_built_in_one(root):
         find_toml("simple_cnm", "recipes", root.recipes)
     with pytest.raises(ZooError, match=r"there is no file 'gone.toml'"):
         find_toml("gone.toml", "recipes", root.recipes)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from zoo.files import check_writable
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+os.posix_fallocate = killed
+check_writable(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files without a name are Linux's")
+def test_a_kill_in_the_middle_of_the_write_test_leaves_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_half_written_of_a_name_that_begins_alike_is_left_to_its_own_process(tmp_path):
+    names = [f"{'long' * 12}-s{seed}.json" for seed in (0, 1)]
+    with atomic_writer(tmp_path / names[0]) as stream:
+        stream.write(b"{}")
+        remove_half_written(tmp_path, names[1])
+    assert (tmp_path / names[0]).read_bytes() == b"{}"
+    with atomic_writer(tmp_path / names[0]):
+        remove_half_written(tmp_path / "nothing")
+        (begun,) = (each for each in tmp_path.iterdir() if each.name.startswith("."))
+        begun.with_name(begun.name[:-8] + "abcdefgh").write_text("x")
+        for name, left in ((names[0][:40], 2), ("*", 0)):
+            remove_half_written(tmp_path, name)
+            assert sum(each.name.startswith(".") for each in tmp_path.iterdir()) == left
+        begun.write_text("")

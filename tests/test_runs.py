@@ -234,3 +234,10 @@ def test_of_two_processes_with_one_command_exactly_one_trains(tiny):
         f"error: run {run.name!r} is being trained by process {done.pid} on {socket.gethostname()}; wait for it, or "
         "stop it\n",
     )
+
+
+def test_a_lock_may_be_waited_for_until_its_living_holder_ends(root):
+    with holder(root) as (held, _):
+        threading.Timer(3, held.kill).start()  # longer than a holder that cannot be told is given
+        with run_lock(root, "r", wait=True):
+            assert held.wait() == -signal.SIGKILL

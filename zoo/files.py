@@ -163,7 +163,7 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{_begun(path.name)}.")
     except OSError as error:
         raise write_error(path, error) from error
     try:
@@ -181,12 +181,17 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
         Path(temporary).unlink(missing_ok=True)
 
 
+def _begun(name: str) -> str:
+    """Return what a file's temporary one is called, short and no other file's: long names often begin alike."""
+    return name if len(name) <= 40 else f"{name[:40]}.{sha256_bytes(name.encode(errors='surrogateescape'))[:8]}"
+
+
 def remove_half_written(folder: Path, name: str = "*") -> None:
     """Remove below folder what `atomic_writer` had begun, of files called so, when its process was killed.
 
     Only for files that no living process writes: whoever calls it holds the lock on them.
     """
-    for path in folder.rglob(f".{name[:40]}.????????"):
+    for path in folder.rglob(f".{_begun(name)}.????????"):
         if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name):
             with suppress(OSError):
                 path.unlink()
@@ -206,14 +211,18 @@ def write_error(path: Path, error: OSError) -> ZooError:
 
 def check_writable(folder: Path, needed_bytes: int = 2 << 20) -> None:
     """Raise ZooError unless `needed_bytes` can be written below folder; found before work, not after it."""
-    with atomic_writer(folder / ".zoo-write-test") as stream:
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(stream.fileno(), 0, needed_bytes)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-    (folder / ".zoo-write-test").unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A file without a name, of which a process that is killed leaves nothing.
+        with tempfile.TemporaryFile(dir=folder, prefix=".zoo-write-test.") as stream:
+            if hasattr(os, "posix_fallocate"):
+                try:
+                    os.posix_fallocate(stream.fileno(), 0, needed_bytes)
+                except OSError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                        raise
+    except OSError as error:
+        raise write_error(folder, error) from error
 
 
 def write_new(path: Path, data: bytes) -> None:

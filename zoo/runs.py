@@ -128,8 +128,26 @@ class Run:
         return self.path / f"metrics-{split}.json"
 
     def scored(self, split: str) -> bool:
-        """Return whether predictions and metrics of a split are both there."""
-        return self.metrics_file(split).is_file() and self.predictions_file(split).is_file()
+        """Return whether predictions and metrics of a split are both there, and not of weights that were replaced."""
+        if not (self.metrics_file(split).is_file() and self.predictions_file(split).is_file()):
+            return False
+        try:
+            of, now = self.metrics(split).get("weights_sha256"), self.record.weights_sha256
+        except ZooError:
+            return True  # whoever reads them says what is wrong
+        return of is None or now is None or of == now
+
+    def clear(self) -> None:
+        """Remove the record and every split's scores, before other weights take the place of those that they are of.
+
+        What names its weights by digest stays (`exports/`, `probe-val.json`). Raises ZooError where that fails.
+        """
+        scores = [file for split in SPLITS for file in (self.metrics_file(split), self.predictions_file(split))]
+        for file in (self.path / "run.json", self.path / "traceback.txt", *scores):
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                raise write_error(file, error) from error
 
     @property
     def record(self) -> RunRecord:
@@ -193,9 +211,11 @@ def find_run(name: str, root: Home | None = None) -> Run:
         with suppress(OSError):  # a name that is too long
             if (path / "run.json").is_file():
                 return Run(path if path.name not in ("", "..") else path.resolve())
+    if name in begun_runs(root):
+        raise ZooError(f"run {name!r} has not ended; the same `zoo train` goes on with it")
     known = [run.name for run in list_runs(root)]
     hint = nearest(name, known) or "; train one with `zoo train`"
-    raise ZooError(f"there is no run {one_line(name)!r}{hint} `zoo list runs` shows all {len(known)}")
+    raise ZooError(f"there is no run {one_line(name)!r}{hint} (`zoo list runs` shows all {len(known)})")
 
 
 def list_runs(root: Home | None = None, dataset: str | None = None) -> list[Run]:
@@ -207,6 +227,14 @@ def list_runs(root: Home | None = None, dataset: str | None = None) -> list[Run]
     return [
         Run(path) for path in sorted(folder.iterdir()) if pattern.match(path.name) and (path / "run.json").is_file()
     ]
+
+
+def begun_runs(root: Home | None = None) -> list[str]:
+    """Return the names of the runs below the home that were begun and have not ended: in training, or interrupted."""
+    folder = (root or home()).runs
+    if not folder.is_dir():
+        return []
+    return sorted(path.parent.name for path in folder.glob("*/recipe.toml") if not (path.parent / "run.json").is_file())
 
 
 def runs_on_split(dataset: str, split_digest: str, root: Home) -> list[Run]:
@@ -224,9 +252,13 @@ def on_split(run: Run, split_digest: str) -> bool:
         return False  # `zoo list runs` names it
 
 
+class RunHeld(ZooError):
+    """Another process is at a run: nothing has failed, and nothing of it is recorded."""
+
+
 @contextmanager
-def run_lock(root: Home, name: str) -> Iterator[None]:
-    """Hold the run for this process; raises ZooError that says who holds it.
+def run_lock(root: Home, name: str, wait: bool = False) -> Iterator[None]:
+    """Hold the run for this process; raises RunHeld that says who holds it, or waits for that one to end.
 
     The operating system frees the lock when its holder dies, so no lock is ever stale. What a process that was
     killed left half written in the run's folder is removed.
@@ -234,7 +266,7 @@ def run_lock(root: Home, name: str) -> Iterator[None]:
     import socket
 
     path, holder = root.locks / f"{name}.lock", root.locks / f"{name}.json"
-    lock = _acquired(path, holder, name)
+    lock = _acquired(path, holder, name, wait)
     try:
         remove_half_written(root.runs / name)
         remove_half_written(root.locks, holder.name)
@@ -246,26 +278,27 @@ def run_lock(root: Home, name: str) -> Iterator[None]:
         lock.release()
 
 
-def _acquired(path: Path, holder: Path, name: str) -> BaseFileLock:
+def _acquired(path: Path, holder: Path, name: str, wait: bool) -> BaseFileLock:
     """Return the lock, held; a holder that has only just come or gone cannot be told yet and is asked again."""
     from filelock import FileLock, Timeout
 
-    who = None
-    for _ in range(20):
+    tries = 0
+    while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path, timeout=0)
             lock.acquire()
         except Timeout:
+            tries += 1
             who = _living_holder(holder)
-            if who is not None:
-                break
+            if not wait and (who is not None or tries == 20):
+                who = who or "another process"
+                raise RunHeld(f"run {name!r} is being trained by {who}; wait for it, or stop it") from None
             time.sleep(0.1)
         except OSError as error:
             raise write_error(path, error) from error
         else:
             return lock
-    raise ZooError(f"run {name!r} is being trained by {who or 'another process'}; wait for it, or stop it")
 
 
 def _living_holder(file: Path) -> str | None:

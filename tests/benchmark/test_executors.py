@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import psutil
@@ -21,11 +23,12 @@ from zoo.errors import ZooError
 from zoo.files import home, sha256_file, write_toml
 from zoo.models.registry import register_model
 from zoo.models.spec import own_models
-from zoo.runs import list_runs
+from zoo.runs import list_runs, run_lock
 
 # A network that others than this process know, too; it notes each forward pass, and may end its process.
 PLUGIN = """
 import os, signal
+from pathlib import Path
 import torch
 from torch import nn
 from zoo import register_model
@@ -46,6 +49,9 @@ class Net(nn.Module):
                 os.kill(os.getpid(), signal.SIGKILL)
             if ends == "left":
                 os._exit(7)
+            trained = list(Path(os.environ["ZOO_HOME"]).glob("models/runs/*--unscored--*/run.json"))
+            if self.end == "unscored" and trained and len(images) > 2 and "PLUGIN_ENDS" in os.environ:
+                raise torch.OutOfMemoryError("out of\\nmemory")
         return self.head(images.mean((2, 3)))
 
 @register_model("plugged")
@@ -168,6 +174,49 @@ def test_a_process_that_dies_is_a_failed_row_and_the_others_go_on(tiny, plugin):
     again = bench(data="tiny", recipes=["killed", "fine", "left", "tiny"], seeds=1)
     assert again.failed == 0
     assert not list(tiny.locks.glob("*.json"))
+
+
+def test_a_process_s_death_is_not_recorded_of_a_run_that_another_is_at(tiny, make_recipe):
+    from zoo.training.plan import make_plan
+
+    plan = make_plan(make_recipe(), "tiny", 0, tiny)
+    plan.run.path.mkdir(parents=True)
+
+    def bury():
+        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+        mine, theirs = Pipe()
+        theirs.close()
+        crew = executors._Crew([plan], [0], 2, None, lambda _: None, lambda _: None, {})
+        crew.workers.append(executors._Worker(process, mine, ready=True, number=0))
+        crew._bury(crew.workers[0])
+        return crew.results[0].reason
+
+    with run_lock(tiny, plan.run.name):
+        assert bury() == "its process ended with exit code 7"
+        assert not (plan.run.path / "run.json").exists()
+    assert bury() == plan.run.record.reason == "its process ended with exit code 7"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_cannot_be_scored_is_a_failed_row_and_the_others_go_on(tiny, plugin, monkeypatch, jobs):
+    write_plugged(tiny, "unscored", model={"options": {"end": "unscored"}})
+    write_plugged(tiny, "fine")
+    monkeypatch.setenv("PLUGIN_ENDS", "1")
+    first = bench(data="tiny", recipes=["unscored", "fine"], seeds=1, jobs=jobs)
+    rows = {row["recipe"]: row for row in first.comparison.rows}
+    assert first.failed == 1 and rows["fine"]["status"] == "finished"
+    said = rows["unscored"]["reason"]
+    assert rows["unscored"]["status"] == "failed"
+    assert re.fullmatch(r"scoring run '.*' on test failed: OutOfMemoryError: out of memory; the traceback is.*", said)
+    run = next(run for run in list_runs(tiny) if run.record.recipe == "unscored")
+    assert "in forward" in (run.path / "traceback.txt").read_text(encoding="utf-8")
+    # It is trained, and is only scored once the cause is gone.
+    monkeypatch.delenv("PLUGIN_ENDS")
+    before = sha256_file(run.path / "run.json")
+    again = bench(data="tiny", recipes=["unscored", "fine"], seeds=1, jobs=jobs)
+    assert again.failed == 0 and run.scored("test") and sha256_file(run.path / "run.json") == before
+    assert not (run.path / "traceback.txt").exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +12,10 @@ from safetensors.torch import load_file
 from zoo.errors import Interrupted, ZooError
 from zoo.evaluation.predictions import read_predictions
 from zoo.files import sha256_file
-from zoo.runs import find_run, list_runs
-from zoo.training.loop import train
+from zoo.runs import Run, RunHeld, find_run, list_runs, run_lock
+from zoo.training import derived
+from zoo.training.derived import sources
+from zoo.training.loop import train, train_plan
 from zoo.training.plan import make_plan
 from zoo.training.scoring import evaluate
 
@@ -108,3 +114,43 @@ def test_a_source_that_fails_is_the_reason(tiny, make_recipe):
     records = {run.record.recipe: run.record for run in list_runs(tiny)}
     assert {name: record.status for name, record in records.items()} == {"wild": "failed", "wild-tta": "failed"}
     assert "not finite" in records["wild-tta"].reason
+
+
+def test_a_run_whose_source_another_process_trains_has_not_failed(tiny, make_recipe):
+    plan = make_plan(make_recipe("net-tta", tta="flip"), "tiny", 0, tiny)
+    source = sources(plan)[-1].run.name
+    with run_lock(tiny, source), pytest.raises(RunHeld, match=f"run '{source}' is being trained by process"):
+        train_plan(plan)
+    assert not (plan.run.path / "run.json").exists()
+    assert train_plan(plan).finished
+
+
+def test_a_copy_that_a_full_disk_or_a_lost_file_breaks_is_said_and_leaves_no_part(tiny, make_recipe, full_disk):
+    source = train(make_recipe("net"), "tiny", 0, tiny)
+    run = Run(full_disk / "run")
+    (full_disk / "filler").write_bytes(bytes((1 << 20) - 64 * 1024))
+    with pytest.raises(ZooError, match=r"cannot write .*: No space left on device; free space"):
+        derived._copy(source, run)
+    assert not [each.name for each in run.path.iterdir() if each.name.startswith(".")]
+    source.history_file.unlink()
+    with pytest.raises(ZooError, match=r"history.jsonl of run .* cannot be read: .*; train it again"):
+        derived._copy(source, Run(tiny.runs / "run"))
+
+
+def test_a_copy_that_a_kill_cut_off_is_removed_when_the_run_is_made(tiny, make_recipe):
+    recipe = make_recipe("net-tta", tta="flip")
+    plan = make_plan(recipe, "tiny", 0, tiny)
+    code = (
+        "import os, shutil, signal, sys\n"
+        "from pathlib import Path\n"
+        "from zoo.runs import Run\n"
+        "from zoo.training.derived import _copy\n"
+        "shutil.copyfileobj = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "_copy(*(Run(Path(each)) for each in sys.argv[1:]))\n"
+    )
+    source = train_plan(sources(plan)[0])
+    done = subprocess.run([sys.executable, "-c", code, str(source.path), str(plan.run.path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [each.name[:9] for each in plan.run.path.iterdir()] == [".weights."]
+    assert train_plan(plan).finished
+    assert not [each.name for each in plan.run.path.iterdir() if each.name.startswith(".")]

@@ -16,8 +16,8 @@ from zoo.data.resplit import resplit_dataset
 from zoo.data.sources import import_dataset
 from zoo.errors import Interrupted, ZooError
 from zoo.evaluation.metrics import compute_metrics
-from zoo.evaluation.predictions import Predictions, read_predictions
-from zoo.files import read_toml, sha256_file
+from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
+from zoo.files import read_toml, sha256_file, write_json
 from zoo.recipe import Recipe, load_recipe, parse_recipe
 from zoo.runs import Run, find_run, list_runs, run_lock
 from zoo.training.checkpoint import load_checkpoint
@@ -572,3 +572,24 @@ def test_frozen_stages_run_anew_where_the_disk_has_no_room_for_what_they_give_an
     ]
     monkeypatch.setattr(boundary, "WORTH", dict.fromkeys(("cpu", "cuda"), 1e12))  # never
     assert bits(train(make_recipe("never", **common), "tiny", 0, tiny)) == bits(run)
+
+
+@pytest.mark.parametrize("lost", ["weights", "record"])
+def test_scores_of_weights_that_were_replaced_are_not_taken_for_those_of_the_new(tiny, make_recipe, lost):
+    run = train(make_recipe(), "tiny", 0, tiny)
+    before = {split: evaluate(run, split, tiny) for split in ("train", "val", "test")}
+    # What other weights would have left here: worse scores, and none that says of which weights.
+    for split, found in before.items():
+        good = read_predictions(run.predictions_file(split))
+        stale = Predictions(good.sample_ids, good.groups, good.y_true, -good.logits)
+        write_predictions(run.predictions_file(split), stale)
+        write_json(run.metrics_file(split), {**found, "top1": -1.0, "weights_sha256": None})
+    kept = run.path / "exports" / "onnx-float32" / "parity.json"
+    write_json(kept, {"digest": "of a bundle"})
+    run.weights_file.unlink() if lost == "weights" else (run.path / "run.json").write_text("{")
+    train(make_recipe(), "tiny", 0, tiny)
+    assert not run.scored("test") and not run.scored("train")
+    assert {split: evaluate(run, split, tiny) for split in before} == before
+    assert kept.is_file()  # it names what it is of
+    lines = tiny.ledger.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2  # test was looked at twice

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -8,6 +11,7 @@ from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import read_predictions
+from zoo.files import sha256_file, write_json
 from zoo.runs import Run, list_runs
 from zoo.training.precision import choose_device
 from zoo.training.scoring import evaluate, load_model, predictions_of
@@ -110,3 +114,82 @@ def test_a_loaded_model_is_ready_to_use(trained, run):
     stored = read_predictions(run.predictions_file("test")).logits[0]
     near = {"rtol": 1e-4, "atol": 1e-5} if device.type == "cpu" else {"rtol": 1e-2, "atol": 1e-3}  # TF32
     np.testing.assert_allclose(logits[0].numpy(), stored, **near)
+
+
+def test_scores_of_other_weights_are_scored_anew_and_older_ones_without_a_digest_stay(trained, run):
+    good = run.metrics("test")
+    assert good["weights_sha256"] == run.record.weights_sha256 == sha256_file(run.weights_file)
+    write_json(run.metrics_file("test"), {**good, "top1": -1.0, "weights_sha256": "0" * 64})
+    assert not run.scored("test")
+    assert evaluate(run, "test", trained) == good and run.scored("test")
+    older = {key: value for key, value in good.items() if key != "weights_sha256"}
+    write_json(run.metrics_file("test"), older)
+    assert run.scored("test") and evaluate(run, "test", trained) == older
+    run.write_record(run.record.model_copy(update={"weights_sha256": None}))
+    write_json(run.metrics_file("test"), good)
+    assert evaluate(run, "test", trained) == good
+
+
+def test_damaged_metrics_are_said(trained, run):
+    run.metrics_file("test").write_text("{")
+    with pytest.raises(ZooError, match="is no valid JSON"):
+        evaluate(run, "test", trained)
+
+
+SCORE = """
+import sys
+from zoo.files import home
+from zoo.training.scoring import evaluate
+print("ready", flush=True)
+sys.stdin.readline()
+print(evaluate(sys.argv[1], "test", home())["log_loss"])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_look_at_a_test_once(trained, run):
+    expected, looks = run.metrics("test")["log_loss"], len(trained.ledger.read_text().splitlines())
+    run.predictions_file("test").unlink()
+    run.metrics_file("test").unlink()
+    command = [sys.executable, "-c", SCORE, run.name]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    assert [each.stdout.readline() for each in both] == ["ready\n"] * 2
+    for each in both:
+        each.stdin.write("\n")
+        each.stdin.flush()
+    assert [float(each.communicate(timeout=120)[0]) for each in both] == [expected] * 2
+    assert len(trained.ledger.read_text().splitlines()) == looks + 1
+
+
+def test_what_another_process_scored_meanwhile_is_taken(trained, run, monkeypatch):
+    from zoo.training import scoring
+
+    really = scoring.run_lock
+
+    def late(*args, **options):
+        monkeypatch.setattr(scoring, "run_lock", really)
+        evaluate(run, "test", trained)  # what the other process does before it lets go
+        return really(*args, **options)
+
+    run.metrics_file("test").unlink()
+    looks = len(trained.ledger.read_text().splitlines())
+    monkeypatch.setattr(scoring, "run_lock", late)
+    evaluate(run, "test", trained)
+    assert len(trained.ledger.read_text().splitlines()) == looks + 1
+
+
+def test_a_run_whose_scoring_fails_is_noted_as_looked_at_and_its_lock_is_free(trained, run, monkeypatch):
+    from zoo.training import scoring
+
+    def broken(*_):
+        raise ZooError("the disk is full")
+
+    run.metrics_file("test").unlink()
+    looks = len(trained.ledger.read_text().splitlines())
+    with monkeypatch.context() as patched, pytest.raises(ZooError, match="the disk is full"):
+        patched.setattr(scoring, "write_scores", broken)
+        evaluate(run, "test", trained)
+    assert len(trained.ledger.read_text().splitlines()) == looks + 1
+    evaluate(run, "test", trained)
+    assert run.scored("test") and not list(trained.locks.glob("*.json"))

@@ -20,7 +20,7 @@ from zoo.cores import cores
 from zoo.errors import EXIT_SIGINT, Interrupted, ZooError, one_line
 from zoo.files import digest_of
 from zoo.models.spec import own_models
-from zoo.runs import Run, RunRecord
+from zoo.runs import Run, RunRecord, run_lock
 from zoo.training.derived import is_derived, sources
 from zoo.training.loop import OnTick
 from zoo.training.plan import Plan
@@ -277,9 +277,11 @@ class _Crew:
         plan = self.steps[worker.number]
         assert isinstance(plan, Plan)
         record = plan.record("failed", reason)
-        if plan.run.path.is_dir() and not plan.run.finished:
-            with suppress(ZooError):
-                plan.run.write_record(record)
+        if plan.run.path.is_dir():
+            # Where another process is at the run by now, what becomes of it is that one's to say.
+            with suppress(ZooError), run_lock(plan.home, plan.run.name):
+                if not plan.run.finished:
+                    plan.run.write_record(record)
         self._settle(worker, Outcome(record, "failed", reason))
 
     def stop(self) -> None:

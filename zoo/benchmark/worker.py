@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import select
@@ -18,7 +19,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from zoo.errors import EXIT_SIGTERM, Interrupted, ZooError
+from zoo.errors import EXIT_SIGTERM, Interrupted, ZooError, one_line
+from zoo.files import write_text
 from zoo.models.spec import load_plugins
 from zoo.runs import Run, RunRecord
 from zoo.training.loop import OnTick, Tick, train_plan
@@ -39,16 +41,39 @@ class Outcome:
 
 
 def train_and_score(plan: Plan, bad_images: str | None, on_tick: OnTick | None) -> Outcome:
-    """Train a run and score it on test; what the user can mend is a failed record, Interrupted is raised."""
+    """Train a run and score it on test; whatever fails is a failed record, and Interrupted is raised."""
     state = "reused" if plan.run.finished else "finished"
     try:
         run = train_plan(plan, on_tick)
         metrics = evaluate(run, "test", plan.home, bad_images=bad_images)
+        (run.path / "traceback.txt").unlink(missing_ok=True)  # of an attempt to score it before
+        return Outcome(run, state, f"test top1 {metrics['top1']:.3f}")
     except Interrupted:
         raise
     except ZooError as error:
-        return Outcome(plan.record("failed", str(error)), "failed", str(error))
-    return Outcome(run, state, f"test top1 {metrics['top1']:.3f}")
+        said = str(error)
+    except Exception as error:  # memory that does not suffice, or a network that breaks: the other runs go on
+        said = _scoring_failed(plan.run, error)
+    _free_memory()
+    return Outcome(plan.record("failed", said), "failed", said)
+
+
+def _scoring_failed(run: Run, error: Exception) -> str:
+    """Return in a line why a run that is trained could not be scored, and keep the traceback where that can be."""
+    said = f"scoring run {run.name!r} on test failed: {type(error).__name__}: {one_line(error, 200)}"
+    file = run.path / "traceback.txt"
+    try:
+        write_text(file, "".join(traceback.format_exception(error)))
+    except ZooError:
+        return f"{said}; its traceback cannot be written"
+    return f"{said}; the traceback is in {str(file)!r}"
+
+
+def _free_memory() -> None:
+    """Give back what a run that failed has held, so that the next one has it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class _Stopped(KeyboardInterrupt):

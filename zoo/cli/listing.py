@@ -11,6 +11,7 @@ from zoo.cli.screen import HomeOption, JsonOption
 _HIDDEN = ("path", "hub_id", "origin", "split_digest", "mean", "std", "sha256", "size_bytes", "datasets", "run")
 # Columns of runs and bundles that go first where the screen is narrow.
 _LEAST = ("train s", "precision", "format", "model", "size MB", "val top1", "reason", "test top1", "status")
+_RUN_HEADS = ("name", "status", "val_top1", "test_top1", "train_s", "reason")
 KINDS = ("models", "recipes", "datasets", "benchmarks", "runs", "bundles")
 
 
@@ -179,12 +180,11 @@ def _benchmarks() -> list[dict[str, Any]]:
 
 def _runs() -> list[dict[str, Any]]:
     from zoo.errors import ZooError
-    from zoo.runs import list_runs
+    from zoo.runs import begun_runs, list_runs
 
     rows = []
     for run in list_runs():
-        row: dict[str, Any] = {"name": run.name, "status": "damaged", "val_top1": None, "test_top1": None}
-        row |= {"train_s": None, "reason": None}
+        row: dict[str, Any] = {**dict.fromkeys(_RUN_HEADS), "name": run.name, "status": "damaged"}
         try:
             record = run.record
             row |= {"status": record.status, "train_s": record.train_s, "reason": record.reason}
@@ -194,7 +194,8 @@ def _runs() -> list[dict[str, Any]]:
         except ZooError as error:
             row["reason"] = str(error)
         rows.append(row)
-    return rows
+    rows += [{**dict.fromkeys(_RUN_HEADS), "name": name, "status": "not ended"} for name in begun_runs()]
+    return sorted(rows, key=lambda row: str(row["name"]))
 
 
 def _bundles() -> list[dict[str, Any]]:

@@ -6,16 +6,17 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from zoo.data.cache import Pixels, open_pixels
-from zoo.errors import ZooError
+from zoo.errors import ZooError, one_line
 from zoo.evaluation.metrics import METRIC_SIGN, selection_score
-from zoo.files import sha256_file, write_error
+from zoo.files import atomic_writer, sha256_file, write_error
 from zoo.models.registry import classifier_of
 from zoo.recipe import AverageTable, Recipe, ScoreTable
 from zoo.runs import Preprocessing, Run
@@ -124,15 +125,20 @@ def _value(run: Run, metric: str) -> float | None:
 
 def _copy(source: Run, run: Run) -> None:
     """Copy weights and history, and see that they arrived whole."""
-    try:
-        for before, after in ((source.weights_file, run.weights_file), (source.history_file, run.history_file)):
-            temporary = after.with_name(f".{after.name}.copy")
-            shutil.copyfile(before, temporary)
-            temporary.replace(after)
-    except OSError as error:
-        raise write_error(run.path, error) from error
+    for before, after in ((source.weights_file, run.weights_file), (source.history_file, run.history_file)):
+        with _opened(source, before) as stream, atomic_writer(after) as copy:
+            shutil.copyfileobj(stream, copy, 1 << 20)
     if sha256_file(source.weights_file) != sha256_file(run.weights_file):
         raise ZooError(f"the weights of run {source.name!r} changed while they were copied; train it again")
+
+
+def _opened(source: Run, file: Path) -> IO[bytes]:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise ZooError(
+            f"{file.name} of run {source.name!r} cannot be read: {one_line(error)}; train it again"
+        ) from error
 
 
 class StateScorer:

@@ -12,7 +12,7 @@ from zoo.data.manifest import Dataset
 from zoo.errors import Interrupted, ZooError, one_line
 from zoo.files import Home, write_text
 from zoo.recipe import Recipe
-from zoo.runs import Run, run_lock
+from zoo.runs import Run, RunHeld, run_lock
 from zoo.training.checkpoint import remove_checkpoints
 from zoo.training.derived import derive, is_derived, sources
 from zoo.training.interruption import Interruption
@@ -67,8 +67,7 @@ def train_plan(plan: Plan, on_tick: OnTick | None = None, on_epoch: OnEpoch | No
                 return plan.run
             if group.leads:
                 # What a failed run has saved is good: it goes on from there once the cause is mended.
-                for name in ("run.json", "traceback.txt"):
-                    (plan.run.path / name).unlink(missing_ok=True)
+                plan.run.clear()
             return _guarded(plan, group, on_tick or (lambda _: None), on_epoch or (lambda _: None))
 
 
@@ -101,7 +100,8 @@ def _guarded(plan: Plan, group: Group, on_tick: OnTick, on_epoch: OnEpoch) -> Ru
         raise Interrupted(
             f"interrupted; run {plan.run.name!r} goes on where it stopped with the same command", code
         ) from None
-    except (StopRun, Interrupted):  # an interrupted run is no failed one, nor is what would have been made of it
+    except (StopRun, Interrupted, RunHeld):
+        # An interrupted run is no failed one, nor is what would have been made of it, or of one that another trains.
         raise
     except ZooError as error:
         _record_failure(plan, group, str(error))

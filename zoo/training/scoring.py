@@ -18,7 +18,7 @@ from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
 from zoo.files import Home, home, sha256_file, write_json
 from zoo.models.registry import classifier_of, create_model, find_model, own_network_digest
-from zoo.runs import SPLITS, Run, RunRecord, find_run
+from zoo.runs import SPLITS, Run, RunRecord, find_run, run_lock
 from zoo.training.features import (
     FORWARD_BATCH,
     are_kept,
@@ -96,7 +96,8 @@ def write_scores(run: Run, record: RunRecord, pixels: Pixels, split: str, logits
     metrics = compute_metrics(predictions, record.classes, record.negative_class)
     metrics["images_skipped"] = pixels.skipped
     write_predictions(run.predictions_file(split), predictions)
-    write_json(run.metrics_file(split), {"run": run.name, "split": split, **metrics})
+    of = {"weights_sha256": record.weights_sha256} if record.weights_sha256 else {}
+    write_json(run.metrics_file(split), {"run": run.name, "split": split, **of, **metrics})
     return metrics
 
 
@@ -189,19 +190,30 @@ def evaluate(
     bad_images: str | None = None,
     progress: ImageProgress | None = None,
 ) -> dict[str, Any]:
-    """Score a finished run on a split once, and return the metrics; a split scored before is not scored again.
+    """Score a finished run on a split once, and return the metrics; a split that was is not scored again.
 
-    bad_images: `fail` or `skip`; left out, what the run was trained with.
+    bad_images: `fail` or `skip`; left out, what the run was trained with. Scores that say that they are of other
+    weights are replaced.
 
     Raises ZooError where the run did not finish or the dataset's split is no longer the one it was trained on.
     """
+    root = root or home()
     run = find_run(run, root) if isinstance(run, str) else run
     if split not in SPLITS:
         raise ZooError(f"split must be one of {', '.join(SPLITS)}. Got {one_line(split)!r}")
+    finished_record(run)
+    if not run.scored(split):
+        # Not the run's own lock, which clears what is half written in its folder: a bundle may be on its way there.
+        with run_lock(root, f"{run.name}.scoring", wait=True):
+            if not run.scored(split):  # by the process that was waited for
+                _score(run, split, root, bad_images, progress)
+    return run.metrics(split)
+
+
+def _score(run: Run, split: str, root: Home, bad_images: str | None, progress: ImageProgress | None) -> None:
+    """Score a split and write what `evaluate` returns; before test is looked at, the ledger is told."""
     record = finished_record(run)
-    if run.metrics_file(split).is_file() and run.predictions_file(split).is_file():
-        return run.metrics(split)
-    dataset = load_dataset(record.dataset, root or home())
+    dataset = load_dataset(record.dataset, root)
     if dataset.split_digest != record.split_digest:
         raise ZooError(
             f"run {run.name!r} was trained on another split of {dataset.name!r} ({record.split_digest[:8]}, now "
@@ -216,14 +228,13 @@ def evaluate(
     logits = _kept_logits(run, record, pixels, split, plan, device)
     model = load_model(run, root, device.type) if logits is None else None
     if split == "test":
-        record_look(root or home(), record)
+        record_look(root, record)
     if model is not None:
         model = model.to(memory_format=plan.memory_format)
         with freed_memory_kept(), steady_kernels(device, strict=False):
             logits = _split_logits(record, model, pixels, split, plan, device)
     assert logits is not None
     write_scores(run, record, pixels, split, logits)
-    return run.metrics(split)
 
 
 def _device_of(record: RunRecord) -> torch.device:

@@ -183,10 +183,12 @@ def _refusal(refused: Refused) -> Response:
 
 
 def _add_state(app: FastAPI, state: State) -> None:
+    @app.head("/health", include_in_schema=False)  # what watches over servers asks so
     @app.get("/health", response_model=Health, responses=_why(), summary="Whether the process lives")
     async def health() -> Response:
         return JSONResponse({"status": "alive"})
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", response_model=Health, responses=_why(503), summary="Whether it may be sent work")
     async def ready() -> Response:
         state.check()
@@ -332,6 +334,7 @@ def _box(size: tuple[int, int], sides: tuple[int, int], side: int) -> list[float
 def _add_page(app: FastAPI) -> None:
     files = page_files()
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return Response(files["index.html"].data, media_type=files["index.html"].media_type)
