@@ -183,6 +183,7 @@ class EpochTrainer:
         self.check_every = 1 if self.updater.device.type == "cpu" else CHECK_EVERY
         self.saved_at = time.perf_counter()
         self.whole = True  # whether model, optimiser and counters belong to the same moment
+        self.updating = False  # stays where an error ends an update
         # Until the optimiser's step only these have changed: with them as they were, an update was not begun.
         self.buffers = list(self.updater.model.buffers())
         self.before = [buffer.clone() for buffer in self.buffers]
@@ -221,7 +222,7 @@ class EpochTrainer:
     def _update(self, several: list[Batch], epoch: int, number: int, image_size: int) -> None:
         """Make one update and count it."""
         _copy_all(self.before, self.buffers)
-        self.whole = False
+        self.whole, self.updating = False, True
         progress = self.progress
         loss, hits = self.updater.update(several, epoch, number, image_size)
         progress.step = number + len(several) - 1
@@ -230,7 +231,7 @@ class EpochTrainer:
         if self.ema is not None:
             self.ema.update(self.updater.model, step=progress.updates)
         self.pending.append((loss, hits, sum(len(labels) for _, labels, _ in several)))
-        self.whole = True
+        self.whole, self.updating = True, False
 
     def _settle(self, epoch: int) -> None:
         """Make whole what an interruption has left, where that can be done: before the optimiser's step."""
