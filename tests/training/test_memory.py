@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -72,8 +73,8 @@ class Hungry(nn.Module):
     """Has no memory for more than `most` images where it is not trained."""
 
     most = FORWARD_BATCH
-    scored: list[int] = []
-    trained: list[int] = []
+    scored: ClassVar[list[int]] = []
+    trained: ClassVar[list[int]] = []
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

@@ -120,7 +120,7 @@ def _with_less_memory(plan: Plan, group: Group, interruption: Interruption, on_t
 
     Where a forward pass alone lacks it, that takes fewer images at a time (`zoo.training.memory.in_pieces`).
     """
-    parts, unsteady = 1, ""
+    parts, unsteady, said = 1, "", "found before"
     while True:
         oldest = torch.zeros((), requires_grad=True) * 1
         trainer = Trainer(plan, group, interruption, on_tick, on_epoch, parts, unsteady)
@@ -129,6 +129,13 @@ def _with_less_memory(plan: Plan, group: Group, interruption: Interruption, on_t
             # What is short is not kept from other uses.
             with freed_memory_kept() if parts == 1 else nullcontext():
                 return trainer.run()
+        except ValueError as error:
+            if trainer.progress.parts > 1 and trainer.updating and "more than 1 value per channel" in str(error):
+                raise ZooError(
+                    f"out of memory even with two images at a time ({said}), and batch normalisation cannot do with "
+                    f"one; {OUT_OF_MEMORY_FIX}"
+                ) from error
+            raise
         except (RuntimeError, MemoryError) as error:
             said, short = one_line(error, 120), is_out_of_memory(error)
             if not (short or (lacks_steady_kernel(error) and not unsteady)) or group.world > 1:

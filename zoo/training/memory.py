@@ -107,5 +107,5 @@ def in_pieces(model: nn.Module, batch: Any, forward: Callable[[Any], T], least: 
 
 
 def images_at_a_time(model: nn.Module, wanted: int) -> int:
-    """Return how many images memory has sufficed for in `in_pieces` of this model; wanted, where it never fell short."""
+    """Return how many images memory sufficed for in `in_pieces` of this model; wanted, where it never fell short."""
     return min(wanted, _sufficed.get(model, wanted))

@@ -76,15 +76,15 @@ class Updater:
         counts = [len(labels) for _, labels, _ in batches]
         if self.group.world > 1:
             counts = [int(count) for count in self.group.total([float(each) for each in counts], self.device)]
-        # timm mixes a batch with its own reverse, which an odd one has not.
-        mixed = [self.mixup is not None and count % 2 == 0 for count in counts]
+        mixed = [self.mixup is not None and count > 1 for count in counts]
         alone = self.group.world == 1 and len(batches) == 1 and self.parts == 1
         whole = None if alone else self._denominator(batches, mixed)
         loss_sum = torch.zeros((), device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         for place, (pixels, true, _) in enumerate(batches):
             inputs = self._inputs(pixels, true, step_seed(self.seed, epoch, number + place), image_size, mixed[place])
-            pieces = list(zip(*(each.chunk(min(self.parts, len(true))) for each in inputs), strict=True))
+            sizes = piece_sizes(len(true), self.parts, self.recipe.finetune.batch_size)
+            pieces = list(zip(*(each.split(sizes) for each in inputs), strict=True))
             noise = self.group.noise(share(counts[place], self.group.rank, self.group.world), counts[place])
             for piece, (images, targets, labels) in enumerate(pieces, 1):
                 with noise, self._unsynced(last=place == len(batches) - 1 and piece == len(pieces)):
@@ -110,8 +110,18 @@ class Updater:
             images = functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
         targets = labels
         if mixed:
-            images, targets = self.mixup(images, labels)
+            images, targets = self._mix(images, labels)
         return images, targets, labels
+
+    def _mix(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mix a batch with its own reverse, as timm's `Mixup` does; the middle one of an odd number with itself."""
+        if len(images) % 2 == 0:
+            mixed: tuple[torch.Tensor, torch.Tensor] = self.mixup(images, labels)
+            return mixed
+        from timm.data.mixup import mixup_target
+
+        share = self.mixup._mix_batch(images)  # timm refuses odd numbers before it calls this, which takes them
+        return images, mixup_target(labels, self.classes, share)
 
     def _denominator(self, batches: list[Batch], mixed: list[bool]) -> float:
         """Return what the sum of losses is divided by to be the mean over all batches and processes."""
@@ -303,6 +313,24 @@ def _several(batches: Iterator[Batch], accumulate: int, first: int) -> Iterator[
     while several := list(itertools.islice(batches, accumulate)):
         yield number, several
         number += len(several)
+
+
+def piece_sizes(count: int, parts: int, batch_size: int) -> list[int]:
+    """Return the sizes of the pieces in which a batch of count images is computed.
+
+    Of one image there is no piece, which batch normalisation could not do, as long as a whole batch in so many parts
+    has larger ones: the last takes one more of its neighbour, or joins it.
+
+    >>> piece_sizes(8, 4, 8), piece_sizes(7, 3, 8), piece_sizes(7, 4, 8), piece_sizes(3, 4, 8), piece_sizes(3, 8, 8)
+    ([2, 2, 2, 2], [3, 2, 2], [2, 2, 3], [3], [1, 1, 1])
+    """
+    size = -(-count // min(parts, count))
+    if size == 1 and parts < batch_size:
+        size = 2
+    sizes = [size] * (count // size) + [count % size] * (count % size > 0)
+    if size > 1 and len(sizes) > 1 and sizes[-1] == 1:
+        sizes[-2:] = [size - 1, 2] if size > 2 else [3]
+    return sizes
 
 
 def step_seed(seed: int, epoch: int, step: int) -> int:
