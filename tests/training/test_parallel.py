@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -13,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional
 
 from zoo.data.loader import share
 from zoo.errors import ZooError
 from zoo.runs import Run, list_runs
 from zoo.training.loop import train
-from zoo.training.parallel import SharedNoise
+from zoo.training.parallel import SharedNoise, has_idle_parameters
 from zoo.training.plan import make_plan
 
 # What may differ between one process and several is in here: batch norm, dropout, mixing, class weights, smoothing,
@@ -36,9 +38,15 @@ KEYS = {
 }
 
 
-def torchrun(folder: Path, *words: str, processes: int = 2, **options) -> subprocess.Popen[str]:
+def torchrun(folder: Path, *words: str, processes: int = 2, **variables: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "zoo", *words]
-    environment = {**os.environ, "ZOO_HOME": str(folder), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    environment = {
+        **os.environ,
+        "ZOO_HOME": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "default",
+        **variables,
+    }
     return subprocess.Popen(
         command,
         env=environment,
@@ -47,7 +55,6 @@ def torchrun(folder: Path, *words: str, processes: int = 2, **options) -> subpro
         text=True,
         cwd=folder,
         start_new_session=True,
-        **options,
     )
 
 
@@ -112,6 +119,72 @@ def test_an_average_of_epochs_is_made_by_the_first_process_alone(tiny, make_reci
     (two,) = list_runs(type(tiny)(other))
     assert two.name == one.name and two.record.notes[0].startswith("swa of epochs 2, 3")
     same(two, one)
+
+
+# A network with weights that no image meets, dropout and batch norm.
+IDLE = """
+import torch
+from torch import nn
+from zoo import register_model
+
+class Idle(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout2d(0.2))
+        self.idle = nn.Linear(8, 8)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        return self.head(self.stem(images).mean((2, 3)))
+
+register_model("idle")(Idle)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_weights_that_take_no_part_are_trained_in_two_processes_as_in_one(tiny, tmp_path):
+    keys = {"model.name": "idle", "batch_size": 7, "accumulate": 2, "epochs": 3, "optimizer.name": "sgd"}
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    (tiny.root / "idle.py").write_text(IDLE)
+    other = tmp_path / "two"
+    shutil.copytree(tiny.root, other)
+    runs = []
+    for folder, processes in ((tiny.root, 1), (other, 2)):
+        command = ["train", "tiny", "--data", "tiny", *words]
+        started = torchrun(folder, *command, processes=processes, ZOO_PLUGINS=str(folder / "idle.py"))
+        try:
+            _, err = started.communicate(timeout=120)
+        finally:
+            if started.poll() is None:
+                os.killpg(started.pid, signal.SIGKILL)
+        assert started.returncode == 0 and "Warning" not in err, err
+        runs += list_runs(type(tiny)(folder))
+    assert [run.record.processes for run in runs] == [1, 2]
+    same(runs[1], runs[0])
+
+
+def test_idle_weights_are_found_and_the_look_changes_nothing():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+            self.idle = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, images):
+            return self.head(self.stem(images).mean((2, 3)))
+
+    network = Net()
+    before, drawn = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    images = torch.zeros(2, 3, 8, 8)
+    for trained, found in ((True, True), (False, False)):
+        network.idle.requires_grad_(trained)
+        assert has_idle_parameters(network, lambda: network(images), torch.device("cpu")) is found
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(each.grad is None for each in network.parameters()) and network.training
 
 
 @pytest.mark.slow

@@ -138,10 +138,7 @@ class Updater:
     def _backward(
         self, images: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, whole: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        network = self.model if self.network is None else self.network
-        starts = self.boundary.replay(self.model) if self.boundary is not None else nullcontext()
-        with self.precision.autocast(self.device), starts:
-            logits = network(self.precision.place(images) if self.boundary is None else images)
+        logits = self._logits(self.model if self.network is None else self.network, images)
         if whole is None:
             loss = self.criterion(logits.float(), target)
         else:
@@ -151,6 +148,18 @@ class Updater:
         scaled = scaled if self.scaler is None else self.scaler.scale(scaled)
         scaled.backward()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def _logits(self, network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        starts = self.boundary.replay(self.model) if self.boundary is not None else nullcontext()
+        with self.precision.autocast(self.device), starts:
+            return network(self.precision.place(images) if self.boundary is None else images)
+
+    def dry_logits(self, image_size: int) -> torch.Tensor:
+        """Return the model's own logits (2, classes) of two blank images, with their gradients' past."""
+        shape, dtype = (3, image_size, image_size), torch.float32
+        if self.boundary is not None:
+            shape, dtype = self.boundary.shape, self.boundary.dtype
+        return self._logits(self.model, torch.zeros((2, *shape), dtype=dtype, device=self.device))
 
     def _apply(self) -> None:
         self.applying = True

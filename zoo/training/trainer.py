@@ -267,11 +267,16 @@ class Trainer:
             names = trained_names(model, self.recipe, phase, epoch)
             set_trained(model, names)
             if names != before:
-                trainer.updater.network = across(compiled(model, self.precision), self.group, self.device)
+                trainer.updater.network = self._across(model, trainer.updater, phase, epoch)
                 before = names
             self._epoch(model, trainer, inputs, phase, epoch)
             if self._stopped_early:
                 break
+
+    def _across(self, model: nn.Module, updater: Updater, phase: Phase, epoch: int) -> nn.Module:
+        size = image_size_of(self.recipe, phase, epoch, self.plan.preprocessing.image_size)
+        network = compiled(model, self.precision)
+        return across(network, self.group, self.device, lambda: updater.dry_logits(size))
 
     def _inputs(self, model: nn.Module, phase: Phase) -> Inputs:
         return make_inputs(
