@@ -187,6 +187,64 @@ def test_idle_weights_are_found_and_the_look_changes_nothing():
     assert all(each.grad is None for each in network.parameters()) and network.training
 
 
+# A network whose updates take two seconds each, in processes that look up from them as seldom as on a card.
+SLOW = """
+import time
+from pathlib import Path
+from torch import nn
+from zoo import register_model
+from zoo.training import step
+
+def as_on_a_card(self, begin=step.EpochTrainer.__post_init__):
+    begin(self)
+    self.check_every = step.CHECK_EVERY
+
+step.EpochTrainer.__post_init__ = as_on_a_card
+
+class Slow(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images):
+        if self.training and images.device.type != "meta" and images.any():
+            with open(Path(__file__).with_suffix(".log"), "a") as stream:
+                print("update", file=stream)
+            time.sleep(2)
+        return self.head(images.mean((2, 3)))
+
+register_model("slow_net")(Slow)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_signal_is_agreed_on_within_seconds_however_slow_updates_are(tiny):
+    plugin, log = tiny.root / "slow.py", tiny.root / "slow.log"
+    plugin.write_text(SLOW)
+    log.touch()
+    keys = {"model.name": "slow_net", "batch_size": 3, "epochs": 3}
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    started = torchrun(tiny.root, "train", "tiny", "--data", "tiny", *words, ZOO_PLUGINS=str(plugin))
+    try:
+        limit = time.monotonic() + 120
+        while log.read_text().count("\n") < 4 and started.poll() is None:
+            assert time.monotonic() < limit, "no second update"
+            time.sleep(0.01)
+        told = time.time()
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGTERM)
+        _, err = started.communicate(timeout=60)
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode != 0 and "interrupted; run" in err, err
+    (saved,) = (tiny.root / "models" / "runs").glob("*/checkpoint/epoch-*.json")
+    assert saved.stat().st_mtime - told < 10
+    step = int(saved.name.removeprefix("epoch-00000-step-").split("-")[0].split(".")[0])
+    assert step == log.read_text().count("\n") // 2  # by both processes; none was given up or lost
+
+
 @pytest.mark.slow
 def test_more_processes_than_a_batch_can_be_shared_by_are_refused_before_work(tiny):
     started = torchrun(tiny.root, "train", "tiny", "--data", "tiny", "--set", "batch_size=4", processes=3)

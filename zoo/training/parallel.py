@@ -42,14 +42,17 @@ class Group:
         dist.all_reduce(tensor)
         return cast("list[float]", tensor.tolist())
 
-    def agreed(self, stop: int, due: bool, device: torch.device) -> tuple[int, bool]:
-        """Return the signal that any process has got, or 0, and whether the first finds it time to save."""
-        votes = self.gathered((stop, due)) if device.type == "cuda" else None
+    def agreed(self, stop: int, due: bool, updates: int, device: torch.device) -> tuple[int, bool, int]:
+        """Return the signal that any process has got, or 0, and whether the first finds it time to save.
+
+        And after how many updates, of which each process names a number above 0, the first wants to be asked again.
+        """
+        votes = self.gathered((stop, due, updates)) if device.type == "cuda" else None
         if votes is None:
-            flags = torch.tensor([stop, int(due and self.leads)])
+            flags = torch.tensor([stop, int(due and self.leads), updates if self.leads else 0])
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-            votes = [(int(flags[0]), bool(flags[1]))]
-        return max(each for each, _ in votes), votes[0][1]
+            votes = [(int(flags[0]), bool(flags[1]), int(flags[2]))]
+        return max(each for each, _, _ in votes), votes[0][1], votes[0][2]
 
     def shared(self, value: Any) -> Any:
         """Return the first process's value in every process; it must be picklable, and is our own."""

@@ -30,6 +30,7 @@ from zoo.training.precision import PrecisionPlan
 
 FINITE_FIX = "lower optimizer.lr, or set finetune.clip_grad = 1.0"
 CHECK_EVERY = 20  # updates, on a GPU, which waits for each number that is asked of it
+VOTE_S = 1.0  # in which several processes ask each other at least once whether to stop, if an update takes no longer
 
 
 class NonFiniteLossError(ZooError):
@@ -200,7 +201,8 @@ class EpochTrainer:
 
     def __post_init__(self) -> None:
         self.check_every = 1 if self.updater.device.type == "cpu" else CHECK_EVERY
-        self.saved_at = time.perf_counter()
+        self.saved_at = self.voted_at = time.perf_counter()
+        self.voted = self.next_vote = 0  # updates, at the last vote of several processes and at the next
         self.whole = True  # whether model, optimiser and counters belong to the same moment
         self.updating = False  # stays where an error ends an update
         # Until the optimiser's step only these have changed: with them as they were, an update was not begun.
@@ -210,33 +212,45 @@ class EpochTrainer:
 
     def epoch(self, batches: Batches, epoch: int, image_size: int) -> dict[str, Any]:
         """Train what is left of an epoch; return its row of the history. The sums stay until the epoch is scored."""
-        progress = self.progress
-        sums = progress.partial = {"loss": 0.0, "hits": 0.0, "images": 0.0, "seconds": 0.0, **progress.partial}
-        accumulate = self.updater.recipe.finetune.accumulate
-        started, before, begun_with = time.perf_counter(), sums["seconds"], sums["images"]
+        sums = {"loss": 0.0, "hits": 0.0, "images": 0.0, "seconds": 0.0, **self.progress.partial}
+        self.progress.partial = sums
+        # One of several processes may not leave by itself: all do, by a vote.
+        together = self.interruption.step() if self.updater.group.world > 1 else nullcontext()
         try:
-            for number, several in _several(batches.epoch(epoch, progress.step), accumulate, progress.step + 1):
-                with self.interruption.step():
-                    self._update(several, epoch, number, image_size)
-                    ended = progress.step == len(batches)
-                    checked = progress.updates % self.check_every == 0 or ended or self._stops_alone
-                    if checked:
-                        self._flush(epoch)
-                        sums["seconds"] = before + time.perf_counter() - started
-                if checked:
-                    rate = (sums["images"] - begun_with) / max(1e-9, sums["seconds"] - before)
-                    row = {"epoch": epoch, "train_loss": sums["loss"] / sums["images"], "images_per_s": rate}
-                    self.report(progress.step, len(batches), row)
-                    self._pause(ended)
+            with together:
+                self._updates(batches, epoch, image_size)
         except KeyboardInterrupt:
             self._settle(epoch)
             raise
         return self._row(epoch)
 
+    def _updates(self, batches: Batches, epoch: int, image_size: int) -> None:
+        """Make the updates that are left of an epoch, and look up from them now and then."""
+        progress, sums = self.progress, self.progress.partial
+        accumulate = self.updater.recipe.finetune.accumulate
+        started, before, begun_with = time.perf_counter(), sums["seconds"], sums["images"]
+        # An epoch's images may be larger than those before it.
+        self.voted_at, self.voted, self.next_vote = started, progress.updates, progress.updates + 1
+        for number, several in _several(batches.epoch(epoch, progress.step), accumulate, progress.step + 1):
+            with self.interruption.step():
+                self._update(several, epoch, number, image_size)
+                ended = progress.step == len(batches)
+                checked = ended or self._is_time
+                if checked:
+                    self._flush(epoch)
+                    sums["seconds"] = before + time.perf_counter() - started
+            if checked:
+                rate = (sums["images"] - begun_with) / max(1e-9, sums["seconds"] - before)
+                row = {"epoch": epoch, "train_loss": sums["loss"] / sums["images"], "images_per_s": rate}
+                self.report(progress.step, len(batches), row)
+                self._pause(ended)
+
     @property
-    def _stops_alone(self) -> bool:
-        """Whether a signal has come to a process that need not ask others when to stop."""
-        return self.updater.group.world == 1 and self.interruption.requested is not None
+    def _is_time(self) -> bool:
+        """Whether to look at losses, clock and signals now; of several processes, whether they have agreed to."""
+        if self.updater.group.world > 1:
+            return self.progress.updates >= self.next_vote
+        return self.progress.updates % self.check_every == 0 or self.interruption.requested is not None
 
     def _update(self, several: list[Batch], epoch: int, number: int, image_size: int) -> None:
         """Make one update and count it."""
@@ -290,10 +304,15 @@ class EpochTrainer:
         stop = self.interruption.requested or 0
         due = not ended and time.perf_counter() - self.saved_at >= self.checkpoint_s
         if group.world > 1:
-            stop, due = group.agreed(stop, due, self.updater.device)
+            updates = self.progress.updates
+            took = (time.perf_counter() - self.voted_at) / max(1, updates - self.voted)
+            wish = updates_in(VOTE_S, took, self.check_every)
+            stop, due, wish = group.agreed(stop, due, wish, self.updater.device)
+            self.voted, self.next_vote = updates, updates + wish
         if due:
             self.save()
             self.saved_at = time.perf_counter()
+        self.voted_at = time.perf_counter()
         self.interruption.check(stop)
 
     def _row(self, epoch: int) -> dict[str, Any]:
@@ -322,6 +341,15 @@ def _several(batches: Iterator[Batch], accumulate: int, first: int) -> Iterator[
     while several := list(itertools.islice(batches, accumulate)):
         yield number, several
         number += len(several)
+
+
+def updates_in(seconds: float, each_s: float, most: int) -> int:
+    """Return how many updates of each_s seconds there are in a time: at least one.
+
+    >>> updates_in(1.0, 0.3, 20), updates_in(1.0, 4.0, 20), updates_in(1.0, 0.001, 20)
+    (3, 1, 20)
+    """
+    return max(1, min(most, int(seconds / max(1e-9, each_s))))
 
 
 def piece_sizes(count: int, parts: int, batch_size: int) -> list[int]:
