@@ -85,7 +85,7 @@ class Updater:
         for place, (pixels, true, _) in enumerate(batches):
             inputs = self._inputs(pixels, true, step_seed(self.seed, epoch, number + place), image_size, mixed[place])
             sizes = piece_sizes(len(true), self.parts, self.recipe.finetune.batch_size)
-            pieces = list(zip(*(each.split(sizes) for each in inputs), strict=True))
+            pieces = list(zip(*(torch.split(each, sizes) for each in inputs), strict=True))
             noise = self.group.noise(share(counts[place], self.group.rank, self.group.world), counts[place])
             for piece, (images, targets, labels) in enumerate(pieces, 1):
                 with noise, self._unsynced(last=place == len(batches) - 1 and piece == len(pieces)):
@@ -157,10 +157,10 @@ class Updater:
 
     def dry_logits(self, image_size: int) -> torch.Tensor:
         """Return the model's own logits (2, classes) of two blank images, with their gradients' past."""
-        shape, dtype = (3, image_size, image_size), torch.float32
+        images = torch.zeros(2, 3, image_size, image_size, device=self.device)
         if self.boundary is not None:
-            shape, dtype = self.boundary.shape, self.boundary.dtype
-        return self._logits(self.model, torch.zeros((2, *shape), dtype=dtype, device=self.device))
+            images = images.new_zeros((2, *self.boundary.shape), dtype=self.boundary.dtype)
+        return self._logits(self.model, images)
 
     def _apply(self) -> None:
         self.applying = True
