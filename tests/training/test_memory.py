@@ -149,10 +149,16 @@ def test_an_image_that_memory_does_not_suffice_for_is_said_at_once(tiny, make_re
     assert len(hungry.trained) == (3 if strategy == "full" else 0)  # one epoch
 
 
-def test_a_test_split_that_memory_does_not_suffice_for_is_scored_in_pieces(trained, monkeypatch):
+@pytest.mark.parametrize("tta", ["none", "flip"])
+def test_a_test_split_that_memory_does_not_suffice_for_is_scored_in_pieces(trained, monkeypatch, tta):
     from zoo.models.nets import SimpleCNN
 
     run = next(run for run in list_runs(trained) if run.record.model == "simple_cnn")
+    if tta != "none":
+        run.write_record(run.record.model_copy(update={"tta": tta}))
+        for file in (run.predictions_file("test"), run.metrics_file("test")):
+            file.unlink()
+        evaluate(run, "test", trained)
     before = read_predictions(run.predictions_file("test")).logits
     for file in (run.predictions_file("test"), run.metrics_file("test")):
         file.unlink()
@@ -166,7 +172,7 @@ def test_a_test_split_that_memory_does_not_suffice_for_is_scored_in_pieces(train
 
     monkeypatch.setattr(SimpleCNN, "forward", short)
     evaluate(run, "test", trained)
-    assert seen[-5:] == [9, 5, 3, 3, 3]
+    assert seen[seen.index(9) :] == [9, 5, 3, 3, 3] + (tta != "none") * [3, 3, 3]
     np.testing.assert_allclose(read_predictions(run.predictions_file("test")).logits, before, rtol=1e-4, atol=1e-5)
 
 
