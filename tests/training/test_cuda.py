@@ -349,7 +349,7 @@ with parallel.joined(device) as group:
     both = parallel.Group(0, 2)
     assert both.total([1.5, 2.0], device) == [1.5, 2.0]
     assert both.shared({"a": torch.ones(2)})["a"].sum() == 2
-    assert both.agreed(15, True, device) == (15, True)
+    assert both.agreed(15, True, 7, device) == (15, True, 7)
     both.wait()
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)).to(device)
     images = torch.randn(6, 3, 8, 8, device=device)

@@ -29,6 +29,7 @@ from zoo.models import spec
 from zoo.recipe import load_recipe
 from zoo.runs import Run, run_lock
 from zoo.training.checkpoint import Checkpoint, load_checkpoint
+from zoo.training.interruption import Interruption, Stopped
 from zoo.training.plan import Plan, make_plan
 
 SERVER = """
@@ -547,3 +548,14 @@ def test_images_that_vanish_are_a_typed_failure_and_nothing_saved_is_lost(launch
     assert launcher.run(many, *command) == 0, launcher.err
     for name in ("slow", "killed"):
         assert lasting(plan_of(name, many).run) == lasting(plan_of(name, other).run)
+
+
+def test_a_step_within_a_step_ends_neither():
+    with Interruption() as interruption:
+        with pytest.raises(Stopped), interruption.step():
+            with interruption.step():
+                pass
+            os.kill(os.getpid(), signal.SIGINT)
+            ended = True
+            interruption.check()
+        assert ended

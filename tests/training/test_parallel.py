@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -13,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional
 
 from zoo.data.loader import share
 from zoo.errors import ZooError
 from zoo.runs import Run, list_runs
 from zoo.training.loop import train
-from zoo.training.parallel import SharedNoise
+from zoo.training.parallel import SharedNoise, has_idle_parameters
 from zoo.training.plan import make_plan
 
 # What may differ between one process and several is in here: batch norm, dropout, mixing, class weights, smoothing,
@@ -36,9 +38,15 @@ KEYS = {
 }
 
 
-def torchrun(folder: Path, *words: str, processes: int = 2, **options) -> subprocess.Popen[str]:
+def torchrun(folder: Path, *words: str, processes: int = 2, **variables: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "zoo", *words]
-    environment = {**os.environ, "ZOO_HOME": str(folder), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    environment = {
+        **os.environ,
+        "ZOO_HOME": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "default",
+        **variables,
+    }
     return subprocess.Popen(
         command,
         env=environment,
@@ -47,7 +55,6 @@ def torchrun(folder: Path, *words: str, processes: int = 2, **options) -> subpro
         text=True,
         cwd=folder,
         start_new_session=True,
-        **options,
     )
 
 
@@ -112,6 +119,130 @@ def test_an_average_of_epochs_is_made_by_the_first_process_alone(tiny, make_reci
     (two,) = list_runs(type(tiny)(other))
     assert two.name == one.name and two.record.notes[0].startswith("swa of epochs 2, 3")
     same(two, one)
+
+
+# A network with weights that no image meets, dropout and batch norm.
+IDLE = """
+import torch
+from torch import nn
+from zoo import register_model
+
+class Idle(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout2d(0.2))
+        self.idle = nn.Linear(8, 8)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        return self.head(self.stem(images).mean((2, 3)))
+
+register_model("idle")(Idle)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_weights_that_take_no_part_are_trained_in_two_processes_as_in_one(tiny, tmp_path):
+    keys = {"model.name": "idle", "batch_size": 7, "accumulate": 2, "epochs": 3, "optimizer.name": "sgd"}
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    (tiny.root / "idle.py").write_text(IDLE)
+    other = tmp_path / "two"
+    shutil.copytree(tiny.root, other)
+    runs = []
+    for folder, processes in ((tiny.root, 1), (other, 2)):
+        command = ["train", "tiny", "--data", "tiny", *words]
+        started = torchrun(folder, *command, processes=processes, ZOO_PLUGINS=str(folder / "idle.py"))
+        try:
+            _, err = started.communicate(timeout=120)
+        finally:
+            if started.poll() is None:
+                os.killpg(started.pid, signal.SIGKILL)
+        assert started.returncode == 0 and "Warning" not in err, err
+        runs += list_runs(type(tiny)(folder))
+    assert [run.record.processes for run in runs] == [1, 2]
+    same(runs[1], runs[0])
+
+
+def test_idle_weights_are_found_and_the_look_changes_nothing():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+            self.idle = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, images):
+            return self.head(self.stem(images).mean((2, 3)))
+
+    network = Net()
+    before, drawn = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    images = torch.zeros(2, 3, 8, 8)
+    for trained, found in ((True, True), (False, False)):
+        network.idle.requires_grad_(trained)
+        assert has_idle_parameters(network, lambda: network(images), torch.device("cpu")) is found
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(each.grad is None for each in network.parameters()) and network.training
+
+
+# A network whose updates take two seconds each, in processes that look up from them as seldom as on a card.
+SLOW = """
+import time
+from pathlib import Path
+from torch import nn
+from zoo import register_model
+from zoo.training import step
+
+def as_on_a_card(self, begin=step.EpochTrainer.__post_init__):
+    begin(self)
+    self.check_every = step.CHECK_EVERY
+
+step.EpochTrainer.__post_init__ = as_on_a_card
+
+class Slow(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images):
+        if self.training and images.device.type != "meta" and images.any():
+            with open(Path(__file__).with_suffix(".log"), "a") as stream:
+                print("update", file=stream)
+            time.sleep(2)
+        return self.head(images.mean((2, 3)))
+
+register_model("slow_net")(Slow)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_signal_is_agreed_on_within_seconds_however_slow_updates_are(tiny):
+    plugin, log = tiny.root / "slow.py", tiny.root / "slow.log"
+    plugin.write_text(SLOW)
+    log.touch()
+    keys = {"model.name": "slow_net", "batch_size": 3, "epochs": 3}
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    started = torchrun(tiny.root, "train", "tiny", "--data", "tiny", *words, ZOO_PLUGINS=str(plugin))
+    try:
+        limit = time.monotonic() + 120
+        while log.read_text().count("\n") < 4 and started.poll() is None:
+            assert time.monotonic() < limit, "no second update"
+            time.sleep(0.01)
+        told = time.time()
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGTERM)
+        _, err = started.communicate(timeout=60)
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode != 0 and "interrupted; run" in err, err
+    (saved,) = (tiny.root / "models" / "runs").glob("*/checkpoint/epoch-*.json")
+    assert saved.stat().st_mtime - told < 10
+    step = int(saved.name.removeprefix("epoch-00000-step-").split("-")[0].split(".")[0])
+    assert step == log.read_text().count("\n") // 2  # by both processes; none was given up or lost
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from zoo.data.cache import Pixels
 from zoo.data.loader import epoch_order
 from zoo.data.transforms import center_crop
 from zoo.runs import Preprocessing
+from zoo.training.memory import in_pieces
 
 State = Mapping[str, torch.Tensor]
 Batch = TypeVar("Batch", bound=Any)
@@ -168,7 +169,8 @@ def reestimate_batch_norm(
     variance and is passed over. A network without such layers, as those with layer norm, is left as it is, and no batch
     is asked for. frozen: modules by name whose layers keep their statistics.
 
-    batches: anything that has a length and that forward gives to the model. The model is left in evaluation mode.
+    batches: what forward gives to the model, each with a length; where memory does not suffice for one, its slices
+    count as batches. The model is left in evaluation mode.
     """
     layers = [
         module
@@ -181,7 +183,21 @@ def reestimate_batch_norm(
     if not layers:
         return 0
     momenta = [layer.momentum for layer in layers]
+    buffers = [buffer for layer in layers for buffer in layer.buffers()]
     seen = 0
+
+    def count_in(batch: Batch) -> int:
+        before = [buffer.clone() for buffer in buffers]
+        for layer in layers:
+            layer.momentum = len(batch) / (seen + len(batch))
+        try:
+            forward(batch)
+        except BaseException:  # the first layers may have counted what the last have not seen
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            raise
+        return len(batch)
+
     try:
         for layer in layers:
             layer.reset_running_stats()
@@ -190,10 +206,8 @@ def reestimate_batch_norm(
             for batch in batches:
                 if len(batch) < 2:
                     continue
-                seen += len(batch)
-                for layer in layers:
-                    layer.momentum = len(batch) / seen
-                forward(batch)
+                for count in in_pieces(model, batch, count_in, least=2):
+                    seen += count
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

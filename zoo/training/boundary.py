@@ -23,6 +23,7 @@ from zoo.data.loader import fixed_batches
 from zoo.data.room import cache_limit
 from zoo.data.transforms import normalise_tensor
 from zoo.training.features import FORWARD_BATCH, OnBatch, array_name, digest_tensors
+from zoo.training.memory import give_back, in_pieces, is_out_of_memory
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan
 from zoo.training.stored import Stored, store_once
@@ -124,12 +125,16 @@ class Boundary:
         frozen = hashlib.sha256(f"{self.module} {digest_tensors(state)}".encode()).hexdigest()
         file = folder / array_name("boundary", split, frozen, pixels, plan, precision, device)
 
+        def forward(batch: Any) -> torch.Tensor:
+            images = normalise_tensor(torch.from_numpy(batch).to(device), plan.preprocessing)
+            return _output(model, self.module, precision.place(images))
+
         def compute(add: Callable[[torch.Tensor], None]) -> dict[str, Any]:
             size, done = plan.preprocessing.image_size, 0
             with torch.inference_mode(), precision.autocast(device):
                 for batch in fixed_batches(pixels, size, FORWARD_BATCH):
-                    images = normalise_tensor(torch.from_numpy(batch).to(device), plan.preprocessing)
-                    add(_output(model, self.module, precision.place(images)))
+                    for found in in_pieces(model, batch, forward):
+                        add(found)
                     done += len(batch)
                     if on_batch is not None:
                         on_batch(done, len(pixels))
@@ -144,12 +149,17 @@ class Boundary:
         self, model: nn.Module, activations: Activations, precision: PrecisionPlan, device: torch.device
     ) -> torch.Tensor:
         """Return a split's logits (N, classes), float32 on the CPU: what `forward_pixels` finds from its images."""
+
+        def forward(places: range) -> torch.Tensor:
+            logits: torch.Tensor = model(activations.batch(places).to(device)).float().cpu()
+            return logits
+
         model.eval()
-        found = []
+        found: list[torch.Tensor] = []
         with torch.inference_mode(), precision.autocast(device), self.replay(model):
             for start in range(0, len(activations), FORWARD_BATCH):
                 places = range(start, min(start + FORWARD_BATCH, len(activations)))
-                found.append(model(activations.batch(places).to(device)).float().cpu())
+                found.extend(in_pieces(model, places, forward))
         return torch.cat(found)
 
 
@@ -187,8 +197,21 @@ def find_boundary(
 
     Frozen is what `set_trained` has left without gradients and in evaluation mode. A frozen part that still draws at
     random (dropout, stochastic depth) or takes statistics of its batches has no boundary behind it. example: two or
-    more different images, normalised, on the device and in the plan's memory format. The model is left as it was.
+    more different images, normalised, on the device and in the plan's memory format; where memory does not suffice for
+    them, no boundary is found. The model is left as it was.
     """
+    try:
+        return _last_boundary(model, example, precision, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    give_back()
+    return None
+
+
+def _last_boundary(
+    model: nn.Module, example: torch.Tensor, precision: PrecisionPlan, device: torch.device
+) -> Boundary | None:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), precision.autocast(device), _no_zeros(model):
         ended, ran = _frozen_part(model, example)

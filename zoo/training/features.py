@@ -22,6 +22,7 @@ from zoo.files import digest_of
 from zoo.models.registry import classifier_of
 from zoo.runs import Preprocessing, RunRecord
 from zoo.training.environment import device_name
+from zoo.training.memory import in_pieces
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan, recorded_plan
 from zoo.training.stored import Stored, read_stored, store_once
@@ -93,8 +94,17 @@ def _each_batch(
     take: Callable[[torch.Tensor | None, torch.Tensor], None],
     on_batch: OnBatch | None,
 ) -> None:
-    """Hand the features and logits of every batch to `take`, float32 on the CPU."""
+    """Hand the features and logits of every batch, or of its pieces, to `take`, float32 on the CPU."""
     caught: list[torch.Tensor] = []
+
+    def forward(batch: Any) -> tuple[torch.Tensor | None, torch.Tensor]:
+        caught.clear()
+        images = normalise_tensor(torch.from_numpy(batch).to(device), preprocessing)
+        logits = model(plan.place(images)).float().cpu()
+        # A classifier that is used twice, or not on whole batches, has no features of its own.
+        fits = len(caught) == 1 and len(caught[0]) == len(batch)
+        return caught[0] if fits else None, logits
+
     hook = None
     try:
         _, classifier = classifier_of(model)
@@ -106,12 +116,8 @@ def _each_batch(
     try:
         with torch.inference_mode(), plan.autocast(device):
             for batch in fixed_batches(pixels, preprocessing.image_size, FORWARD_BATCH):
-                images = normalise_tensor(torch.from_numpy(batch).to(device), preprocessing)
-                logits = model(plan.place(images)).float().cpu()
-                # A classifier that is used twice, or not on whole batches, has no features of its own.
-                fits = len(caught) == 1 and len(caught[0]) == len(batch)
-                take(caught[0] if fits else None, logits)
-                caught.clear()
+                for features, logits in in_pieces(model, batch, forward):
+                    take(features, logits)
                 done += len(batch)
                 if on_batch is not None:
                     on_batch(done, len(pixels))
@@ -306,7 +312,11 @@ def head_logits(
         raise ValueError("these features do not give the network's logits; use forward_pixels")
     classifier.eval()
     with torch.inference_mode(), precision.autocast(device):
-        parts = [classifier(part.to(device)).float().cpu() for part in torch.split(features.values, FORWARD_BATCH)]
+        parts = [
+            logits
+            for batch in torch.split(features.values, FORWARD_BATCH)
+            for logits in in_pieces(classifier, batch, lambda part: classifier(part.to(device)).float().cpu())
+        ]
     return torch.cat(parts)
 
 

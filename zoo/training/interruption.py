@@ -76,12 +76,12 @@ class Interruption:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Let the block end before a signal raises; it raises after the block, by `check`."""
-        self._in_step = True
+        """Let the block end before a signal raises; it raises after the block, by `check`. Blocks may lie in blocks."""
+        outer, self._in_step = self._in_step, True
         try:
             yield
         finally:
-            self._in_step = False
+            self._in_step = outer
 
     def check(self, number: int | None = None) -> None:
         """Raise Stopped where a signal has come during a step, to this process or, by its number, to another."""

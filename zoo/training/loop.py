@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import traceback
 from contextlib import nullcontext
 
@@ -17,7 +16,7 @@ from zoo.training.checkpoint import remove_checkpoints
 from zoo.training.derived import derive, is_derived, sources
 from zoo.training.interruption import Interruption
 from zoo.training.kernels import lacks_steady_kernel
-from zoo.training.memory import freed_memory_kept
+from zoo.training.memory import OUT_OF_MEMORY_FIX, freed_memory_kept, give_back, is_out_of_memory
 from zoo.training.parallel import Group, joined
 from zoo.training.plan import Plan, finished_run, make_plan
 from zoo.training.precision import choose_device
@@ -117,8 +116,11 @@ def _guarded(plan: Plan, group: Group, on_tick: OnTick, on_epoch: OnEpoch) -> Ru
 
 
 def _with_less_memory(plan: Plan, group: Group, interruption: Interruption, on_tick: OnTick, on_epoch: OnEpoch) -> Run:
-    """Train; where memory does not suffice, go on from the last checkpoint with batches computed in twice the parts."""
-    parts, unsteady = 1, ""
+    """Train; where an update lacks memory, go on from the last checkpoint with batches computed in twice the parts.
+
+    Where a forward pass alone lacks it, that takes fewer images at a time (`zoo.training.memory.in_pieces`).
+    """
+    parts, unsteady, said = 1, "", "found before"
     while True:
         oldest = torch.zeros((), requires_grad=True) * 1
         trainer = Trainer(plan, group, interruption, on_tick, on_epoch, parts, unsteady)
@@ -127,44 +129,28 @@ def _with_less_memory(plan: Plan, group: Group, interruption: Interruption, on_t
             # What is short is not kept from other uses.
             with freed_memory_kept() if parts == 1 else nullcontext():
                 return trainer.run()
+        except ValueError as error:
+            if trainer.progress.parts > 1 and trainer.updating and "more than 1 value per channel" in str(error):
+                raise ZooError(
+                    f"out of memory even with two images at a time ({said}), and batch normalisation cannot do with "
+                    f"one; {OUT_OF_MEMORY_FIX}"
+                ) from error
+            raise
         except (RuntimeError, MemoryError) as error:
             said, short = one_line(error, 120), is_out_of_memory(error)
             if not (short or (lacks_steady_kernel(error) and not unsteady)) or group.world > 1:
                 raise
+            if short and not trainer.updating:  # smaller parts of a batch would change nothing
+                raise ZooError(f"out of memory ({said}); {OUT_OF_MEMORY_FIX}") from error
             parts = 2 * trainer.progress.parts if short else parts
             unsteady = unsteady if short else said
         del trainer
         # autograd's queue holds on to a backward pass that broke until it is asked for something older than that.
         oldest.backward()  # type: ignore[no-untyped-call]
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
         if parts >= 2 * plan.recipe.finetune.batch_size:
-            raise ZooError(
-                f"out of memory even with one image at a time ({said}); take a smaller model.image_size or network, or "
-                "free memory"
-            )
+            raise ZooError(f"out of memory even with one image at a time ({said}); {OUT_OF_MEMORY_FIX}")
         on_tick(Tick(plan.run.name, f"out of memory: batches in {parts} parts" if short else said, 0, 1))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory, of the machine or the card, did not suffice."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
-# The last four are cuDNN's and oneDNN's words where they get no memory for their work.
-_OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    "std::bad_alloc",
-    "unable to find an engine to execute this computation",
-    "could not create a memory",
-    "could not create a primitive",
-    "could not execute a primitive",
-)
 
 
 def _record_failure(plan: Plan, group: Group, reason: str, trace: str = "") -> None:

@@ -22,8 +22,9 @@ from zoo.errors import ZooError
 from zoo.models.registry import classifier_of
 from zoo.training import features as feature_cache
 from zoo.training.head import HeadTrainer
-from zoo.training.loop import OnTick, Tick, is_out_of_memory
+from zoo.training.loop import OnTick, Tick
 from zoo.training.loss import make_criterion
+from zoo.training.memory import is_out_of_memory
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan, choose_device, choose_plan, choose_workers, set_threads
 from zoo.training.step import Updater, step_seed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,14 +42,17 @@ class Group:
         dist.all_reduce(tensor)
         return cast("list[float]", tensor.tolist())
 
-    def agreed(self, stop: int, due: bool, device: torch.device) -> tuple[int, bool]:
-        """Return the signal that any process has got, or 0, and whether the first finds it time to save."""
-        votes = self.gathered((stop, due)) if device.type == "cuda" else None
+    def agreed(self, stop: int, due: bool, updates: int, device: torch.device) -> tuple[int, bool, int]:
+        """Return the signal that any process has got, or 0, and whether the first finds it time to save.
+
+        And after how many updates, of which each process names a number above 0, the first wants to be asked again.
+        """
+        votes = self.gathered((stop, due, updates)) if device.type == "cuda" else None
         if votes is None:
-            flags = torch.tensor([stop, int(due and self.leads)])
+            flags = torch.tensor([stop, int(due and self.leads), updates if self.leads else 0])
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-            votes = [(int(flags[0]), bool(flags[1]))]
-        return max(each for each, _ in votes), votes[0][1]
+            votes = [(int(flags[0]), bool(flags[1]), int(flags[2]))]
+        return max(each for each, _, _ in votes), votes[0][1], votes[0][2]
 
     def shared(self, value: Any) -> Any:
         """Return the first process's value in every process; it must be picklable, and is our own."""
@@ -135,21 +138,40 @@ def _cards_are_shared() -> bool:
     return local.isdecimal() and int(local) > torch.cuda.device_count()
 
 
-def across(model: nn.Module, group: Group, device: torch.device) -> nn.Module:
+def across(
+    model: nn.Module, group: Group, device: torch.device, dry: Callable[[], torch.Tensor] | None = None
+) -> nn.Module:
     """Return what is called to train the model in all processes: its gradients are their mean.
 
-    Wrapped anew where other parameters are trained; alone it is the model itself.
+    Wrapped anew where other parameters are trained; alone it is the model itself. dry: gives logits of a few made-up
+    images, by which is seen whether all parameters have a part in them; left out, they are taken to.
     """
     if group.world == 1 or not any(each.requires_grad for each in model.parameters()):
         return model
+    idle = dry is not None and any(group.gathered(has_idle_parameters(model, dry, device)))
     from torch.nn.parallel import DistributedDataParallel
 
     devices = [device.index or 0] if device.type == "cuda" else None
     # Buffers are alike in all processes: batch statistics are shared. torch has renamed the switch.
     known = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {switch: False}
+    # To look for idle parameters costs a walk through the graph in each step: else the others would wait for them.
+    options: dict[str, Any] = {switch: False, "find_unused_parameters": idle}
     return DistributedDataParallel(model, device_ids=devices, **options)
+
+
+def has_idle_parameters(model: nn.Module, dry: Callable[[], torch.Tensor], device: torch.device) -> bool:
+    """Return whether a trained parameter has no part in the logits that dry gives; the model stays as it was."""
+    trained = [each for each in model.parameters() if each.requires_grad]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            gradients = torch.autograd.grad(dry().float().sum(), trained, allow_unused=True)
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    return any(each is None for each in gradients)
 
 
 class _Sum(torch.autograd.Function):

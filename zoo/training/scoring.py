@@ -29,7 +29,7 @@ from zoo.training.features import (
     split_features,
 )
 from zoo.training.kernels import steady_kernels
-from zoo.training.memory import freed_memory_kept
+from zoo.training.memory import freed_memory_kept, in_pieces
 from zoo.training.precision import PrecisionPlan, choose_device, recorded_plan, set_threads
 from zoo.training.views import logits_of_views
 
@@ -148,11 +148,14 @@ def _views_logits(
         logits: torch.Tensor = model(precision.place(images)).float().cpu()
         return logits
 
+    def of_view(batch: Any) -> torch.Tensor:
+        return torch.cat(list(in_pieces(model, batch, forward)))
+
     model.eval()
     with torch.inference_mode(), precision.autocast(device):
         for start in range(0, len(pixels), FORWARD_BATCH):
             images = [pixels[place] for place in range(start, min(start + FORWARD_BATCH, len(pixels)))]
-            found.append(logits_of_views(images, preprocessing, record.tta, forward))
+            found.append(logits_of_views(images, preprocessing, record.tta, of_view))
     return torch.cat(found)
 
 

@@ -30,6 +30,7 @@ from zoo.training.precision import PrecisionPlan
 
 FINITE_FIX = "lower optimizer.lr, or set finetune.clip_grad = 1.0"
 CHECK_EVERY = 20  # updates, on a GPU, which waits for each number that is asked of it
+VOTE_S = 1.0  # in which several processes ask each other at least once whether to stop, if an update takes no longer
 
 
 class NonFiniteLossError(ZooError):
@@ -76,15 +77,15 @@ class Updater:
         counts = [len(labels) for _, labels, _ in batches]
         if self.group.world > 1:
             counts = [int(count) for count in self.group.total([float(each) for each in counts], self.device)]
-        # timm mixes a batch with its own reverse, which an odd one has not.
-        mixed = [self.mixup is not None and count % 2 == 0 for count in counts]
+        mixed = [self.mixup is not None and count > 1 for count in counts]
         alone = self.group.world == 1 and len(batches) == 1 and self.parts == 1
         whole = None if alone else self._denominator(batches, mixed)
         loss_sum = torch.zeros((), device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         for place, (pixels, true, _) in enumerate(batches):
             inputs = self._inputs(pixels, true, step_seed(self.seed, epoch, number + place), image_size, mixed[place])
-            pieces = list(zip(*(each.chunk(min(self.parts, len(true))) for each in inputs), strict=True))
+            sizes = piece_sizes(len(true), self.parts, self.recipe.finetune.batch_size)
+            pieces = list(zip(*(torch.split(each, sizes) for each in inputs), strict=True))
             noise = self.group.noise(share(counts[place], self.group.rank, self.group.world), counts[place])
             for piece, (images, targets, labels) in enumerate(pieces, 1):
                 with noise, self._unsynced(last=place == len(batches) - 1 and piece == len(pieces)):
@@ -110,8 +111,18 @@ class Updater:
             images = functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
         targets = labels
         if mixed:
-            images, targets = self.mixup(images, labels)
+            images, targets = self._mix(images, labels)
         return images, targets, labels
+
+    def _mix(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mix a batch with its own reverse, as timm's `Mixup` does; the middle one of an odd number with itself."""
+        if len(images) % 2 == 0:
+            mixed: tuple[torch.Tensor, torch.Tensor] = self.mixup(images, labels)
+            return mixed
+        from timm.data.mixup import mixup_target
+
+        share = self.mixup._mix_batch(images)  # timm refuses odd numbers before it calls this, which takes them
+        return images, mixup_target(labels, self.classes, share)
 
     def _denominator(self, batches: list[Batch], mixed: list[bool]) -> float:
         """Return what the sum of losses is divided by to be the mean over all batches and processes."""
@@ -128,10 +139,7 @@ class Updater:
     def _backward(
         self, images: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, whole: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        network = self.model if self.network is None else self.network
-        starts = self.boundary.replay(self.model) if self.boundary is not None else nullcontext()
-        with self.precision.autocast(self.device), starts:
-            logits = network(self.precision.place(images) if self.boundary is None else images)
+        logits = self._logits(self.model if self.network is None else self.network, images)
         if whole is None:
             loss = self.criterion(logits.float(), target)
         else:
@@ -141,6 +149,18 @@ class Updater:
         scaled = scaled if self.scaler is None else self.scaler.scale(scaled)
         scaled.backward()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def _logits(self, network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        starts = self.boundary.replay(self.model) if self.boundary is not None else nullcontext()
+        with self.precision.autocast(self.device), starts:
+            return network(self.precision.place(images) if self.boundary is None else images)
+
+    def dry_logits(self, image_size: int) -> torch.Tensor:
+        """Return the model's own logits (2, classes) of two blank images, with their gradients' past."""
+        images = torch.zeros(2, 3, image_size, image_size, device=self.device)
+        if self.boundary is not None:
+            images = images.new_zeros((2, *self.boundary.shape), dtype=self.boundary.dtype)
+        return self._logits(self.model, images)
 
     def _apply(self) -> None:
         self.applying = True
@@ -181,8 +201,10 @@ class EpochTrainer:
 
     def __post_init__(self) -> None:
         self.check_every = 1 if self.updater.device.type == "cpu" else CHECK_EVERY
-        self.saved_at = time.perf_counter()
+        self.saved_at = self.voted_at = time.perf_counter()
+        self.voted = self.next_vote = 0  # updates, at the last vote of several processes and at the next
         self.whole = True  # whether model, optimiser and counters belong to the same moment
+        self.updating = False  # stays where an error ends an update
         # Until the optimiser's step only these have changed: with them as they were, an update was not begun.
         self.buffers = list(self.updater.model.buffers())
         self.before = [buffer.clone() for buffer in self.buffers]
@@ -190,38 +212,50 @@ class EpochTrainer:
 
     def epoch(self, batches: Batches, epoch: int, image_size: int) -> dict[str, Any]:
         """Train what is left of an epoch; return its row of the history. The sums stay until the epoch is scored."""
-        progress = self.progress
-        sums = progress.partial = {"loss": 0.0, "hits": 0.0, "images": 0.0, "seconds": 0.0, **progress.partial}
-        accumulate = self.updater.recipe.finetune.accumulate
-        started, before, begun_with = time.perf_counter(), sums["seconds"], sums["images"]
+        sums = {"loss": 0.0, "hits": 0.0, "images": 0.0, "seconds": 0.0, **self.progress.partial}
+        self.progress.partial = sums
+        # One of several processes may not leave by itself: all do, by a vote.
+        together = self.interruption.step() if self.updater.group.world > 1 else nullcontext()
         try:
-            for number, several in _several(batches.epoch(epoch, progress.step), accumulate, progress.step + 1):
-                with self.interruption.step():
-                    self._update(several, epoch, number, image_size)
-                    ended = progress.step == len(batches)
-                    checked = progress.updates % self.check_every == 0 or ended or self._stops_alone
-                    if checked:
-                        self._flush(epoch)
-                        sums["seconds"] = before + time.perf_counter() - started
-                if checked:
-                    rate = (sums["images"] - begun_with) / max(1e-9, sums["seconds"] - before)
-                    row = {"epoch": epoch, "train_loss": sums["loss"] / sums["images"], "images_per_s": rate}
-                    self.report(progress.step, len(batches), row)
-                    self._pause(ended)
+            with together:
+                self._updates(batches, epoch, image_size)
         except KeyboardInterrupt:
             self._settle(epoch)
             raise
         return self._row(epoch)
 
+    def _updates(self, batches: Batches, epoch: int, image_size: int) -> None:
+        """Make the updates that are left of an epoch, and look up from them now and then."""
+        progress, sums = self.progress, self.progress.partial
+        accumulate = self.updater.recipe.finetune.accumulate
+        started, before, begun_with = time.perf_counter(), sums["seconds"], sums["images"]
+        # An epoch's images may be larger than those before it.
+        self.voted_at, self.voted, self.next_vote = started, progress.updates, progress.updates + 1
+        for number, several in _several(batches.epoch(epoch, progress.step), accumulate, progress.step + 1):
+            with self.interruption.step():
+                self._update(several, epoch, number, image_size)
+                ended = progress.step == len(batches)
+                checked = ended or self._is_time
+                if checked:
+                    self._flush(epoch)
+                    sums["seconds"] = before + time.perf_counter() - started
+            if checked:
+                rate = (sums["images"] - begun_with) / max(1e-9, sums["seconds"] - before)
+                row = {"epoch": epoch, "train_loss": sums["loss"] / sums["images"], "images_per_s": rate}
+                self.report(progress.step, len(batches), row)
+                self._pause(ended)
+
     @property
-    def _stops_alone(self) -> bool:
-        """Whether a signal has come to a process that need not ask others when to stop."""
-        return self.updater.group.world == 1 and self.interruption.requested is not None
+    def _is_time(self) -> bool:
+        """Whether to look at losses, clock and signals now; of several processes, whether they have agreed to."""
+        if self.updater.group.world > 1:
+            return self.progress.updates >= self.next_vote
+        return self.progress.updates % self.check_every == 0 or self.interruption.requested is not None
 
     def _update(self, several: list[Batch], epoch: int, number: int, image_size: int) -> None:
         """Make one update and count it."""
         _copy_all(self.before, self.buffers)
-        self.whole = False
+        self.whole, self.updating = False, True
         progress = self.progress
         loss, hits = self.updater.update(several, epoch, number, image_size)
         progress.step = number + len(several) - 1
@@ -230,7 +264,7 @@ class EpochTrainer:
         if self.ema is not None:
             self.ema.update(self.updater.model, step=progress.updates)
         self.pending.append((loss, hits, sum(len(labels) for _, labels, _ in several)))
-        self.whole = True
+        self.whole, self.updating = True, False
 
     def _settle(self, epoch: int) -> None:
         """Make whole what an interruption has left, where that can be done: before the optimiser's step."""
@@ -270,10 +304,15 @@ class EpochTrainer:
         stop = self.interruption.requested or 0
         due = not ended and time.perf_counter() - self.saved_at >= self.checkpoint_s
         if group.world > 1:
-            stop, due = group.agreed(stop, due, self.updater.device)
+            updates = self.progress.updates
+            took = (time.perf_counter() - self.voted_at) / max(1, updates - self.voted)
+            wish = updates_in(VOTE_S, took, self.check_every)
+            stop, due, wish = group.agreed(stop, due, wish, self.updater.device)
+            self.voted, self.next_vote = updates, updates + wish
         if due:
             self.save()
             self.saved_at = time.perf_counter()
+        self.voted_at = time.perf_counter()
         self.interruption.check(stop)
 
     def _row(self, epoch: int) -> dict[str, Any]:
@@ -302,6 +341,33 @@ def _several(batches: Iterator[Batch], accumulate: int, first: int) -> Iterator[
     while several := list(itertools.islice(batches, accumulate)):
         yield number, several
         number += len(several)
+
+
+def updates_in(seconds: float, each_s: float, most: int) -> int:
+    """Return how many updates of each_s seconds there are in a time: at least one.
+
+    >>> updates_in(1.0, 0.3, 20), updates_in(1.0, 4.0, 20), updates_in(1.0, 0.001, 20)
+    (3, 1, 20)
+    """
+    return max(1, min(most, int(seconds / max(1e-9, each_s))))
+
+
+def piece_sizes(count: int, parts: int, batch_size: int) -> list[int]:
+    """Return the sizes of the pieces in which a batch of count images is computed.
+
+    Of one image there is no piece, which batch normalisation could not do, as long as a whole batch in so many parts
+    has larger ones: the last takes one more of its neighbour, or joins it.
+
+    >>> piece_sizes(8, 4, 8), piece_sizes(7, 3, 8), piece_sizes(7, 4, 8), piece_sizes(3, 4, 8), piece_sizes(3, 8, 8)
+    ([2, 2, 2, 2], [3, 2, 2], [2, 2, 3], [3], [1, 1, 1])
+    """
+    size = -(-count // min(parts, count))
+    if size == 1 and parts < batch_size:
+        size = 2
+    sizes = [size] * (count // size) + [count % size] * (count % size > 0)
+    if size > 1 and len(sizes) > 1 and sizes[-1] == 1:
+        sizes[-2:] = [size - 1, 2] if size > 2 else [3]
+    return sizes
 
 
 def step_seed(seed: int, epoch: int, step: int) -> int:

@@ -34,6 +34,7 @@ from zoo.training.inputs import Inputs, make_inputs
 from zoo.training.interruption import Interruption
 from zoo.training.kernels import steady_kernels
 from zoo.training.loss import make_criterion
+from zoo.training.memory import images_at_a_time
 from zoo.training.outcome import finish
 from zoo.training.parallel import Group, across, shared_batch_norm
 from zoo.training.plan import Plan, check_shares
@@ -73,7 +74,7 @@ OnEpoch = Callable[[dict[str, Any]], None]
 class Trainer:
     """One run in one process, or this process's part of it.
 
-    parts: into how many a batch is divided so that it fits the memory; what a checkpoint says is the least. unsteady:
+    parts: into how many a batch is divided so that it fits the memory; what a checkpoint says is the least. no_kernel:
     what torch said of a CUDA kernel that gives the same bits every time, where it has none for this network.
     """
 
@@ -85,7 +86,7 @@ class Trainer:
         on_tick: OnTick,
         on_epoch: OnEpoch,
         parts: int = 1,
-        unsteady: str = "",
+        no_kernel: str = "",
     ) -> None:
         self.plan, self.recipe, self.group, self.interruption = plan, plan.recipe, group, interruption
         self.on_tick, self.on_epoch = on_tick, on_epoch
@@ -96,7 +97,9 @@ class Trainer:
         self.progress = Progress() if self.checkpoint is None else self.checkpoint.progress
         # Shares of several processes are cut alike only where they are not cut at all.
         self.progress.parts = max(parts, self.progress.parts) if group.world == 1 else 1
-        self.unsteady = unsteady
+        self.no_kernel = no_kernel
+        self.updating = False  # whether an update is under way, or broke
+        self.scored: list[nn.Module] = []
         if self.progress.best_epoch and self.checkpoint is not None and "best" not in self.checkpoint.kept:
             raise ZooError(
                 f"the checkpoint in {str(self.folder)!r} is of an older zoo; move the folder away to start anew"
@@ -113,7 +116,7 @@ class Trainer:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            with steady_kernels(self.device, strict=not self.unsteady and self.group.world == 1):
+            with steady_kernels(self.device, strict=not self.no_kernel and self.group.world == 1):
                 return self._run()
         finally:
             torch.set_num_threads(before)
@@ -137,6 +140,7 @@ class Trainer:
             self.best_logits = stored.pop("val.logits", self.best_logits)
             self.best = {key.removeprefix("weights/"): value for key, value in stored.items()}
         model = model.to(self.device)
+        self.scored = [model]
         self.precision = self.group.shared(self._precision(model))
         self.progress.precision = self.precision.record()
         model = model.to(memory_format=self.precision.memory_format)
@@ -151,6 +155,14 @@ class Trainer:
             finish(self, model, note)
         self.group.wait()
         return plan.run
+
+    @property
+    def unsteady(self) -> str:
+        """Return why the run, trained again, may have other bits; empty where it will have the same."""
+        most = min((images_at_a_time(model, feature_cache.FORWARD_BATCH) for model in self.scored), default=0)
+        fewer = f"memory sufficed for scoring {most} image{'s' if most > 1 else ''} at a time"
+        short = bool(self.scored) and most < feature_cache.FORWARD_BATCH
+        return "; ".join(each for each in (self.no_kernel, fewer if short else "") if each)
 
     # Before the first step ------------------------------------------------------------------------------------
 
@@ -246,6 +258,7 @@ class Trainer:
                 trainer.save()
             raise
         finally:
+            self.updating = trainer.updating
             inputs.batches.close()
 
     def _epochs(self, model: nn.Module, trainer: EpochTrainer, inputs: Inputs, phase: Phase) -> None:
@@ -254,11 +267,16 @@ class Trainer:
             names = trained_names(model, self.recipe, phase, epoch)
             set_trained(model, names)
             if names != before:
-                trainer.updater.network = across(compiled(model, self.precision), self.group, self.device)
+                trainer.updater.network = self._across(model, trainer.updater, phase, epoch)
                 before = names
             self._epoch(model, trainer, inputs, phase, epoch)
             if self._stopped_early:
                 break
+
+    def _across(self, model: nn.Module, updater: Updater, phase: Phase, epoch: int) -> nn.Module:
+        size = image_size_of(self.recipe, phase, epoch, self.plan.preprocessing.image_size)
+        network = compiled(model, self.precision)
+        return across(network, self.group, self.device, lambda: updater.dry_logits(size))
 
     def _inputs(self, model: nn.Module, phase: Phase) -> Inputs:
         inputs = make_inputs(
@@ -298,6 +316,7 @@ class Trainer:
         updates = -(-len(inputs.batches) // recipe.finetune.accumulate)
         scheduler = make_scheduler(optimizer, recipe, phase.epochs, updates)
         ema = make_ema(model, recipe.finetune.ema_decay)
+        self.scored += [] if ema is None else [ema.module]
         scaler = self.precision.scaler(self.device)
         if self.checkpoint is not None:
             self.checkpoint.restore_optimizer(optimizer)
