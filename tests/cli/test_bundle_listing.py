@@ -20,7 +20,7 @@ def _zoo(*words: object) -> str:
     return done.stdout
 
 
-def test_bundles_are_listed_with_the_state_of_their_gate(bundled):
+def test_bundles_are_listed_with_the_state_of_their_gate(bundled, monkeypatch):
     (row,) = json.loads(_zoo("list", "bundles", "--json"))
     assert row["name"] == list_bundles(bundled)[0]
     assert (row["format"], row["precision"], row["model"]) == ("onnx", "float32", "simple_cnn")
@@ -28,6 +28,10 @@ def test_bundles_are_listed_with_the_state_of_their_gate(bundled):
     model = bundled.bundles / row["name"] / "model.onnx"
     assert row["size_MB"] == pytest.approx(model.stat().st_size / 1e6, abs=1e-3)
     assert "gate passed" in _zoo("list", "bundles", "*float32")
+    for width, shown in (120, True), (50, False):  # names stay whole; what there is no room for goes
+        monkeypatch.setenv("COLUMNS", str(width))
+        told = _zoo("list", "bundles")
+        assert row["name"] in told and ("gate passed" in told) == shown and max(map(len, told.splitlines())) <= width
     assert "no bundles here match 'int8'" in _zoo("list", "bundles", "int8")
 
 

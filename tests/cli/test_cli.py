@@ -410,7 +410,7 @@ def test_signals_stop_a_run_that_then_goes_on_to_the_same_bits(tiny):
     for sent, code, line in ((signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 6)):
         process = start(tiny, *command)
         history = None
-        for _ in range(600):
+        for _ in range(2400):
             files = list(tiny.runs.glob("*/history.jsonl"))
             history = files[0].read_text().splitlines() if files else []
             if len(history) >= line or process.poll() is not None:

@@ -55,7 +55,7 @@ def test_pick_prints_a_table_a_reason_and_json(command, trained, tmp_path, monke
     table = out[: out.index("chosen: ")].splitlines()[1:]
     assert max(map(len, table)) <= 80
 
-    code, out, err = command(*words, "--figure", str(tmp_path))  # a folder
+    code, out, err = command(*words, "--figure", str(figure / "front.png"))  # below a file
     assert code == 1 and "chosen: " in out and "figure: " not in out
     assert err.startswith("error: cannot write") and err.count("\n") == 1
 
@@ -78,7 +78,12 @@ def test_pick_prints_a_table_a_reason_and_json(command, trained, tmp_path, monke
         (("--data", "tiny", "--cost", "money"), "--cost must be one of latency, size, memory"),
         (("--data", "tiny", "--max-latency-ms", "0"), "above 0. Got 0"),
         (("--data", "tiny", "--max-memory-mb", "nan"), "above 0. Got nan"),
-        (("--data", "tiny", "--margin", "-1"), "the margin must be 0 or more"),
+        (("--data", "tiny", "--min", "top1=95%"), "write a percentage as a fraction, 0.95"),
+        (("--data", "tiny", "--margin", "-1"), "the margin must be in [0, 1] of top1; 0.01 is one point. Got -1"),
+        (("--data", "tiny", "--margin", "2"), "the margin must be in [0, 1] of top1; 0.01 is one point. Got 2"),
+        (("--data", "tiny", "--metric", "log_loss", "--margin", "-1"), "the margin must be 0 or more of log_loss"),
+        (("--data", "tiny", "--figure", "shot.pdf"), "--figure must be a file that ends in .png. Got 'shot.pdf'"),
+        (("--data", "tiny", "--figure", "data"), "--figure must be a file that ends in .png. Got 'data'"),
     ],
 )
 def test_bad_input_is_one_line_and_makes_nothing(command, trained, words, said):

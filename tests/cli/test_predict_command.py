@@ -102,7 +102,16 @@ def test_patterns_lists_and_standard_input_mean_images(predict, picture):
         (["--paths-from", "-"], b"list '-' names no path"),
         (["x.png", "--json", "--csv"], b"--json and --csv exclude each other"),
         (["x.png", "-o", "rows.xlsx"], b"--output must end in .csv or .jsonl"),
-        (["x.png", "--csv", "-o", "rows.jsonl"], b"--output must end in .csv or .jsonl"),
+        (["x.png", "-o", "rows.json"], b"--output must end in .csv or .jsonl"),
+        (
+            ["x.png", "--csv", "-o", "rows.jsonl"],
+            b"--csv writes .csv. Got 'rows.jsonl'; leave out --csv, or name a .csv",
+        ),
+        (
+            ["x.png", "--json", "-o", "rows.csv"],
+            b"--json writes .jsonl. Got 'rows.csv'; leave out --json, or name a .j",
+        ),
+        (["x.png", "--explain", "file"], b"explain needs a folder for its pictures. Got the file 'file'"),
         (["x.png", "--device", "cuda"], b"bundles run on the CPU. Got device 'cuda'"),
         (["x.png", "-o", "file/rows.csv"], b"cannot write"),
         (["x.png", "-o", "folder.csv"], b"cannot write 'folder.csv': it is a folder; name a file"),
@@ -194,7 +203,11 @@ def test_csv_holds_what_json_holds(predict, picture, bundled):
     table = list(csv.DictReader(io.StringIO(done.stdout.decode())))
     classes = load_dataset("tiny", bundled).classes
     heads = ["path", "label", "refer", "refer_reason", "prediction_set", "error"]
-    assert list(table[0]) == [*heads, *(f"score {name}" for name in classes)]
+    points = rows[0]["operating_points"]
+    named = [*(f"score {name}" for name in classes), *(f"positive at {name}" for name in points)]
+    assert list(table[0]) == [*heads, *named] and points
+    assert {name: table[0][f"positive at {name}"] == "true" for name in points} == points
+    assert all(table[1][name] == "" for name in named)
     assert {name: float(table[0][f"score {name}"]) for name in classes} == rows[0]["scores"]
     assert table[0]["prediction_set"].split(" | ") == rows[0]["prediction_set"]
     assert [row["refer"] for row in table] == ["true", "true"] and table[1]["error"] == rows[1]["error"]
@@ -204,7 +217,10 @@ def test_a_file_is_written_whole_and_said(predict, picture):
     (predict.folder / "a.png").write_bytes(picture)
     plain = predict("a.png", "--json").stdout
     done = predict("a.png", "-o", "rows.jsonl")
-    assert done.returncode == 0 and b"1 images: 0 answered, 1 referred, 0 unreadable; rows.jsonl" in done.stdout
+    assert (
+        done.returncode == 0
+        and b"1 image: 1 answered, 1 of them referred to a human, 0 unreadable; rows.jsonl" in done.stdout
+    )
     assert (predict.folder / "rows.jsonl").read_bytes() == plain
     quiet = predict("a.png", "-o", "rows.csv", "--csv")
     assert (quiet.stdout, quiet.stderr) == (b"", b"")
@@ -232,6 +248,24 @@ def test_an_interruption_leaves_no_half_file(predict, picture, sent, code):
     assert sorted(path.name for path in predict.folder.iterdir()) == ["first.png", "images", "rows.csv"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    "words", [("predict",), ("predict", "--json"), ("list", "bundles"), ("list", "runs", "--json")]
+)
+def test_a_full_standard_output_is_one_line(predict, picture, words):
+    (predict.folder / "a.png").write_bytes(picture)
+    if words[0] == "predict":
+        words = ("predict", predict.bundle, "a.png", *words[1:])
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "zoo", *words], stdout=full, stderr=subprocess.PIPE, cwd=predict.folder, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        b"error: cannot write standard output: No space left on device; free space there, or send it elsewhere\n"
+    )
+
+
 def test_a_reader_that_leaves_is_no_error(predict, picture):
     (predict.folder / "a.png").write_bytes(picture)
     command = [sys.executable, "-m", "zoo", "predict", predict.bundle, *["a.png"] * 3000, "--json", "--batch-size", "1"]
@@ -250,5 +284,5 @@ def test_the_table_fits_and_says_when_to_refer(predict, picture, width):
     text = done.stdout.decode()
     table = text[: text.index("one of:")]
     assert max(map(len, table.splitlines())) <= width
-    assert "2 images: 0 answered, 1 referred, 1 unreadable" in text
+    assert "2 images: 1 answered, 1 of them referred to a human, 1 unreadable" in text
     assert "no image (PNG" in text and "every image, for no confidence was high enough on val" in text

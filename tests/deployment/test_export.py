@@ -185,6 +185,25 @@ def test_a_damaged_older_bundle_is_replaced_whole(trained, run):
 # What an export asks for first ------------------------------------------------------------------------------------
 
 
+def test_another_run_s_bundle_of_that_name_stays(trained, run):
+    other = next(each for each in list_runs(trained) if each.finished and each.name != run.name)
+    mine = export(run, trained, name="mine")
+    before = {path: path.read_bytes() for path in mine.path.iterdir()}
+    said = f"bundle 'mine' is there already, of run '{run.name}' as onnx in float32; take another --name, or delete"
+    with pytest.raises(ZooError, match=re.escape(said)):
+        export(other, trained, name="mine")
+    with pytest.raises(ZooError, match=re.escape(said)):
+        export(run, trained, name="mine", precision="int8")
+    assert {path: path.read_bytes() for path in mine.path.iterdir()} == before
+    assert export(run, trained, name="mine").path == mine.path
+
+
+@pytest.mark.parametrize("what", [None, 3, object()])
+def test_what_is_no_run_is_refused(trained, what):
+    with pytest.raises(ZooError, match=r"export takes a run, its name, or a choice of pick\. Got "):
+        export(what, trained)
+
+
 def test_an_unknown_run_is_refused_with_the_nearest(trained, run):
     with pytest.raises(ZooError, match=re.escape(run.name)):
         export(run.name[:-1], trained)

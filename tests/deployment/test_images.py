@@ -66,6 +66,8 @@ def test_a_pattern_means_what_it_matches(folder, pattern, found):
         (["a" * 5000 + "*"], "matches no image"),
         (["ct/README", "empty"], r"folder 'empty' holds no image \(.bmp, "),
         ([], "no image was named"),
+        ([b"GIF89a"], "images are given by their paths. Got bytes; write it to a file first"),
+        ([None], "images are given by their paths. Got NoneType"),
         (["a.tif", ""], "a path is empty; give files, folders or patterns"),
     ],
 )
@@ -73,6 +75,10 @@ def test_what_means_no_image_is_said(folder, given, said):
     (folder / "empty").mkdir()
     with pytest.raises(ZooError, match=said):
         find_images(given)
+
+
+def test_one_path_is_a_list_of_one(folder):
+    assert find_images("a.tif") == find_images(Path("a.tif")) == [Path("a.tif")]
 
 
 def test_a_folder_that_links_to_itself_ends(folder):

@@ -170,6 +170,7 @@ def test_a_minimum_that_comes_twice_is_refused():
         ({"max_size_mb": math.nan}, "the most size must be a number of MB above 0. Got nan"),
         ({"max_memory_mb": math.inf}, "the most memory must be a number of MB above 0"),
         ({"minimums": {"top1": 95}}, r"the least top1 must be in \[0, 1\]. Got 95; write 0.95"),
+        ({"minimums": {"top1": 1.5}}, r"the least top1 must be in \[0, 1\]. Got 1.5$"),
         ({"minimums": {"top1": math.nan}}, r"must be in \[0, 1\]"),
         ({"minimums": {"topp1": 0.9}}, "must be of one of .* Got 'topp1'; did you mean 'top1'"),
         ({"minimums": {"log_loss": 0.9}}, "less is better, so it has no least value; --metric log_loss ranks by it"),

@@ -574,7 +574,7 @@ def test_frozen_stages_run_anew_where_the_disk_has_no_room_for_what_they_give_an
     assert bits(train(make_recipe("never", **common), "tiny", 0, tiny)) == bits(run)
 
 
-@pytest.mark.parametrize("lost", ["weights", "record"])
+@pytest.mark.parametrize("lost", ["weights", "a byte", "record"])
 def test_scores_of_weights_that_were_replaced_are_not_taken_for_those_of_the_new(tiny, make_recipe, lost):
     run = train(make_recipe(), "tiny", 0, tiny)
     before = {split: evaluate(run, split, tiny) for split in ("train", "val", "test")}
@@ -586,8 +586,15 @@ def test_scores_of_weights_that_were_replaced_are_not_taken_for_those_of_the_new
         write_json(run.metrics_file(split), {**found, "top1": -1.0, "weights_sha256": None})
     kept = run.path / "exports" / "onnx-float32" / "parity.json"
     write_json(kept, {"digest": "of a bundle"})
-    run.weights_file.unlink() if lost == "weights" else (run.path / "run.json").write_text("{")
+    weights = run.weights_file.read_bytes()
+    if lost == "weights":
+        run.weights_file.unlink()
+    elif lost == "a byte":
+        run.weights_file.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    else:
+        (run.path / "run.json").write_text("{")
     train(make_recipe(), "tiny", 0, tiny)
+    assert run.weights_file.read_bytes() == weights
     assert not run.scored("test") and not run.scored("train")
     assert {split: evaluate(run, split, tiny) for split in before} == before
     assert kept.is_file()  # it names what it is of

@@ -15,7 +15,7 @@ from zoo.data.manifest import Dataset, load_dataset
 from zoo.data.window import windowing_of, windowing_of_facts
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.metrics import selection_score
-from zoo.files import Home, check_writable, digest_of, home
+from zoo.files import Home, check_writable, digest_of, home, sha256_file
 from zoo.models.registry import (
     ModelSpec,
     classifier_of,
@@ -414,5 +414,12 @@ def failed_record(recipe: Recipe | str, dataset: Dataset, seed: int, reason: str
 
 
 def finished_run(plan: Plan) -> Run | None:
-    """Return the plan's run where it is finished already."""
-    return plan.run if plan.run.finished and plan.run.weights_file.is_file() else None
+    """Return the plan's run where it is finished already, and its weights are those that it ended with."""
+    run = plan.run
+    if not run.finished or not run.weights_file.is_file():
+        return None
+    wanted = run.record.weights_sha256
+    try:
+        return run if wanted is None or sha256_file(run.weights_file) == wanted else None
+    except OSError:
+        return None

@@ -119,10 +119,10 @@ class Updater:
         if len(images) % 2 == 0:
             mixed: tuple[torch.Tensor, torch.Tensor] = self.mixup(images, labels)
             return mixed
-        from timm.data.mixup import mixup_target
-
-        share = self.mixup._mix_batch(images)  # timm refuses odd numbers before it calls this, which takes them
-        return images, mixup_target(labels, self.classes, share)
+        middle = len(images) // 2  # twice, for timm refuses odd numbers
+        images, targets = self.mixup(*(torch.cat((each[: middle + 1], each[middle:])) for each in (images, labels)))
+        images, targets = (torch.cat((each[: middle + 1], each[middle + 2 :])) for each in (images, targets))
+        return images, targets
 
     def _denominator(self, batches: list[Batch], mixed: list[bool]) -> float:
         """Return what the sum of losses is divided by to be the mean over all batches and processes."""

@@ -81,7 +81,7 @@ class Live:
         finally:
             connection.close()
         found = {name.lower(): value for name, value in answer.getheaders()}
-        if found.get("content-type") == "application/json":
+        if found.get("content-type") == "application/json" and method != "HEAD":
             return answer.status, found, json.loads(text)
         return answer.status, found, text.decode()
 

@@ -292,6 +292,14 @@ def test_the_page_is_answered_and_kept_by_its_tag(live):
         assert live.ask("GET", f"/static/{name}", headers={"If-None-Match": file.etag})[0] == 304
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/ready"])
+def test_head_is_get_without_its_body(live, path):
+    status, headers, text = live.ask("GET", path)
+    alone = live.ask("HEAD", path)
+    assert status == alone[0] == 200 and text and not alone[2]
+    assert alone[1]["content-length"] == headers["content-length"]
+
+
 def test_metrics_count_and_tell_nothing_of_the_images(live, picture):
     live.predict(picture())
     status, headers, text = live.ask("GET", "/metrics")
