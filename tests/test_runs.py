@@ -15,7 +15,7 @@ import pytest
 
 from zoo.errors import ZooError
 from zoo.files import Home
-from zoo.runs import Preprocessing, Run, RunRecord, find_run, list_runs, run_lock, run_name
+from zoo.runs import Preprocessing, Run, RunRecord, begun_runs, find_run, list_runs, run_lock, run_name
 
 RECORD = RunRecord(
     run="digits--cnn--s0--01234567",
@@ -89,6 +89,26 @@ def test_an_unknown_run_is_said_with_the_nearest(root):
         find_run("digits--cnn--s0--01234568", root)
     with pytest.raises(ZooError, match="there is no run"):
         find_run("a" * 5000, root)
+
+
+def test_a_run_that_has_not_ended_is_listed_and_named(root):
+    from typer.testing import CliRunner
+
+    from zoo.cli import app
+
+    name = run_name("digits", "tiny", 0, "0123456789abcdef")
+    (root.runs / name).mkdir(parents=True)
+    (root.runs / "figures-alone").mkdir()
+    assert begun_runs(root) == []
+    (root.runs / name / "recipe.toml").write_text("")
+    assert begun_runs(root) == [name] and list_runs(root) == []
+    with pytest.raises(ZooError, match=rf"run '{name}' has not ended; the same `zoo train` goes on with it"):
+        find_run(name, root)
+    assert json.loads(CliRunner().invoke(app, ["list", "runs", "--json"]).stdout) == [
+        {"name": name, "status": "not ended", "val_top1": None, "test_top1": None, "train_s": None, "reason": None}
+    ]
+    (root.runs / name / "run.json").write_text("{}")
+    assert begun_runs(root) == []
 
 
 def test_a_history_leaves_out_a_line_that_was_cut_off(root):
