@@ -317,7 +317,7 @@ def test_processes_whose_parent_is_killed_save_and_leave(tiny):
     command = [sys.executable, "-m", "zoo", "bench", "--data", "tiny", "--recipes", "tiny", "--seeds", "2"]
     long = [*command, "--jobs", "2", "--set", "epochs=400", "--set", "patience=400"]
     parent = subprocess.Popen(long, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(1200):
+    for _ in range(4800):
         if len({each.parent for each in tiny.runs.glob("*/checkpoint/*.json")}) == 2:
             break
         time.sleep(0.05)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from zoo.files import Home, write_error
 from zoo.runs import RunRecord, list_runs, on_split
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def record_look(root: Home, record: RunRecord) -> None:
@@ -33,6 +38,7 @@ def record_look(root: Home, record: RunRecord) -> None:
         # One short write at the end of the file: lines of several processes do not mix.
         descriptor = os.open(root.ledger, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
+            _wait_for(descriptor)  # who looks while another writes may take that line for torn
             size = os.fstat(descriptor).st_size
             torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a full disk or a crash
             data = b"\n" + data if torn else data
@@ -43,6 +49,13 @@ def record_look(root: Home, record: RunRecord) -> None:
             os.close(descriptor)
     except OSError as error:
         raise write_error(root.ledger, error) from error
+
+
+def _wait_for(descriptor: int) -> None:
+    """Lock a file until it is closed; where the system cannot, its lines are whole all the same."""
+    if sys.platform != "win32":
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def looks_at_test(root: Home, split_digest: str) -> dict[str, Any]:
