@@ -25,7 +25,7 @@ demo: install            ## the main job on embedded data: all recipes of the qu
 test: install-dev        ## all tests, slow ones too
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-fast: install-dev   ## the tests that take less than ten seconds each
+test-fast: install-dev   ## the tests that take less than two seconds each, within three minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: lint types contracts test

@@ -41,6 +41,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(), VALUES))
 def test_json_comes_back_and_its_digest_does_not_hang_on_the_order(value):
     assert json.loads(to_json(value)) == value

@@ -65,6 +65,7 @@ def _commands() -> list[str]:
     return [line for line in lines if "zoo " in line]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_parses():
     commands = _commands()
     assert len(commands) >= 10

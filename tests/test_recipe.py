@@ -375,6 +375,7 @@ def tables(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=120)
 @given(tables())
 def test_what_is_written_is_read_back_the_same(given: dict[str, Any]) -> None:

@@ -134,6 +134,7 @@ def network_of(name: str, size: int | None, drop_path_rate: float, options: tupl
         return create_model(spec_of(name), 3, size, 0.0, drop_path_rate, dict(options))
 
 
+@pytest.mark.slow
 @every_recipe
 def test_a_recipes_network_can_be_built_and_its_strategy_followed(name: str) -> None:
     import torch

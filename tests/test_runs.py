@@ -169,6 +169,7 @@ def test_a_loading_process_that_outlives_its_parent_does_not_hold_the_lock(root)
             pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", ["", '{"pid"', "[]", "[1e99]", "[-1]", '{"host": "x"}', "gone", "dead"])
 def test_a_holder_that_cannot_be_told_is_another_process(root, card):
     with holder(root):

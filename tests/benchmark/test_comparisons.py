@@ -13,6 +13,7 @@ def test_a_built_in_dataset_that_is_not_made_is_said_to_be_so(root):
         load_dataset("digits", root, make_builtin=False)
 
 
+@pytest.mark.slow
 def test_what_is_scored_is_compared_without_torch(trained):
     """The table is a function of run folders: it must come out where no network could be loaded."""
     code = (

@@ -38,6 +38,7 @@ def many(trained):
     return trained
 
 
+@pytest.mark.slow
 def test_every_dataset_has_its_table_and_the_contrasts_stand_beside(many):
     steps = []
     result = bench_all("many", on_step=steps.append)
@@ -69,6 +70,7 @@ def test_every_dataset_has_its_table_and_the_contrasts_stand_beside(many):
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_contrast_is_the_pair_of_the_table_with_its_sign_and_holm_over_the_contrasts_alone(many):
     result = bench_all("many")
     table = result.results["tiny"].comparison
@@ -82,6 +84,7 @@ def test_a_contrast_is_the_pair_of_the_table_with_its_sign_and_holm_over_the_con
     assert (one["train_images"], one["test_images"], one["seeds"]) == (18, 9, 1)
 
 
+@pytest.mark.slow
 def test_a_contrast_with_a_recipe_that_failed_has_no_numbers(trained):
     table = bench(data="tiny", recipes=["tiny", "wild"], seeds=1).comparison
     (row,) = contrast_rows([table], [("tiny", "wild")])
@@ -106,6 +109,7 @@ def test_a_dataset_that_is_not_optional_must_be_here(many):
     assert not (many.benchmarks / "many").exists()
 
 
+@pytest.mark.slow
 def test_one_dataset_of_many_can_be_run_alone_into_its_own_folder(many):
     with pytest.raises(ZooError, match=r"zoo.bench_all runs them all, data='tiny' one"):
         bench("many")
@@ -128,6 +132,7 @@ def test_wrong_benchmarks_are_refused(many, changes, said):
         bench_all("many")
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_contrasts_and_what_was_left_out(many):
     for width in ("80", "120"):
         shown = CliRunner().invoke(app, ["bench", "many"], env={"COLUMNS": width, "NO_COLOR": "1"})
@@ -145,6 +150,7 @@ def test_the_command_prints_tables_contrasts_and_what_was_left_out(many):
     assert (row["dataset"], row["datasets"]) == ("3 datasets", ["tiny", "second", "absent"])
 
 
+@pytest.mark.slow
 def test_a_report_is_of_one_of_its_datasets(many):
     bench_all("many")
     shown = CliRunner().invoke(app, ["report", "many", "--no-explain"])

@@ -138,6 +138,7 @@ def test_a_number_of_jobs_that_cannot_be_is_refused_before_any_work(tiny, jobs):
             call()
 
 
+@pytest.mark.slow
 def test_the_command_line_refuses_it_too(tiny):
     command = [sys.executable, "-m", "zoo", "bench", "--data", "tiny", "--recipes", "tiny", "--jobs", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -293,6 +294,7 @@ def test_a_network_that_only_this_python_knows_is_trained_here_after_the_others(
     ]
 
 
+@pytest.mark.slow
 def test_what_a_callback_raises_ends_the_processes(tiny):
     class Enough(Exception):
         pass
@@ -305,6 +307,7 @@ def test_what_a_callback_raises_ends_the_processes(tiny):
         bench(data="tiny", recipes=["tiny"], seeds=2, jobs=2, on_step=enough)
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_start_are_said_once(tiny, plugin):
     write_plugged(tiny, "plain")
     plugin.write_text(PLUGIN + f"\nif os.getpid() != {os.getpid()}:\n    os._exit(5)\n", encoding="utf-8")

@@ -46,6 +46,7 @@ def test_no_test_image_is_opened(tiny, monkeypatch):
     assert plan("tiny", ["tiny"], seeds=1, root=tiny)["recipes"][0]["measured"]
 
 
+@pytest.mark.slow
 def test_more_seeds_and_epochs_cost_more(tiny):
     images = {"train": 1000, "val": 100, "test": 100}
     dataset = load_dataset("tiny", tiny)

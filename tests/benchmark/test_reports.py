@@ -14,6 +14,7 @@ from zoo.reporting.comparison import make_comparison
 from zoo.runs import list_runs
 
 
+@pytest.mark.slow
 def test_a_report_of_a_dataset_and_of_named_runs(trained, tmp_path):
     score_missing([], data="tiny", root=trained)
     file = report(data="tiny", root=trained)

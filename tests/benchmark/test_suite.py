@@ -21,6 +21,7 @@ def files_of(folder):
     return {name: (folder / name).read_bytes() for name in TABLES}
 
 
+@pytest.mark.slow
 def test_failures_are_rows_and_the_others_go_on(tiny):
     steps = []
     recipes = ["tiny", "wild", "stranger", "absent", "tiny-lp"]
@@ -50,6 +51,7 @@ def test_failures_are_rows_and_the_others_go_on(tiny):
     assert document["images"] == {"train": 18, "val": 9, "test": 9}
 
 
+@pytest.mark.slow
 def test_finished_runs_are_reused_and_the_table_is_the_same_bytes(tiny):
     first = bench(data="tiny", recipes=["tiny", "tiny-lp", "wild"], seeds=2)
     weights = {run.name: run.weights_file.stat().st_mtime_ns for run in list_runs(tiny) if run.finished}
@@ -74,6 +76,7 @@ def test_only_failures_are_a_table_too(tiny):
     assert {each.name for each in result.folder.iterdir()} >= set(TABLES)
 
 
+@pytest.mark.slow
 def test_an_interrupted_benchmark_goes_on(tiny):
     def stop(tick):
         if "--tiny-lp--" in tick.run:
@@ -87,6 +90,7 @@ def test_an_interrupted_benchmark_goes_on(tiny):
     assert result.failed == 0 and done.weights_file.stat().st_mtime_ns == stat
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_scored_is_a_failed_row(tiny):
     bench(data="tiny", recipes=["tiny"], seeds=1)  # the floors are known
     dataset = load_dataset("tiny", tiny)
@@ -99,6 +103,7 @@ def test_a_run_that_cannot_be_scored_is_a_failed_row(tiny):
     assert (partly.failed, partly.comparison.rows[0]["status"]) == (1, "partly failed")
 
 
+@pytest.mark.slow
 def test_bad_test_images_may_be_left_out(tiny):
     dataset = load_dataset("tiny", tiny)
     dataset.image_path(dataset.of_split("test")["path"].iloc[0]).unlink()
@@ -112,6 +117,7 @@ def test_bad_test_images_may_be_left_out(tiny):
     assert (again.rows, again.floors) == (result.comparison.rows, result.comparison.floors)
 
 
+@pytest.mark.slow
 def test_a_benchmark_s_file_is_read_and_its_keys_are_set_in_every_recipe(tiny):
     table = {"dataset": "tiny", "recipes": ["tiny"], "seeds": [4], "overrides": {"epochs": 1}}
     write_toml(tiny.benchmarks / "mine.toml", table)

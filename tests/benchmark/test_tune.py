@@ -194,6 +194,7 @@ def test_proposals_become_recipes_of_few_digits_within_their_range(searched):
 # A study ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_study_never_opens_test_and_ends_with_a_recipe_a_comparison_and_figures(tiny, searched):
     dataset = load_dataset("tiny", tiny)
     for path in dataset.of_split("test")["path"]:
@@ -253,6 +254,7 @@ def test_a_study_never_opens_test_and_ends_with_a_recipe_a_comparison_and_figure
     assert str(tiny.root) not in (found.folder / "study.json").read_text()
 
 
+@pytest.mark.slow
 def test_log_loss_is_minimised_and_few_trials_have_no_importance(tiny, searched):
     found = tune(searched(metric="log_loss"), "tiny", 3, root=tiny, pruner="none")
     values = [row["value"] for row in found.trials]
@@ -275,6 +277,7 @@ def test_a_linear_probe_is_tuned_by_its_head(tiny, make_recipe):
     assert load_recipe("lp-tuned", root=tiny).finetune.strategy == "linear-probe"
 
 
+@pytest.mark.slow
 def test_halving_gives_up_early_but_never_the_recipe_as_it_is(tiny, searched):
     # The recipe as it is cannot learn; with its rate it would be the first to go.
     recipe = searched(lr=1e-9, epochs=6)
@@ -292,11 +295,13 @@ def test_halving_gives_up_early_but_never_the_recipe_as_it_is(tiny, searched):
     assert any("own value of optimizer.lr is not in the space" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_hyperband_prunes_too(tiny, searched):
     found = tune(searched(epochs=6), "tiny", 8, root=tiny, pruner="hyperband")
     assert {row["state"] for row in found.trials} == {"complete", "pruned"}
 
 
+@pytest.mark.slow
 def test_what_failed_is_a_row_and_the_study_goes_on(tiny, searched):
     found = tune(searched({"optimizer.lr": {"choices": [3e-3, 1e30]}}, policy="none"), "tiny", 5, root=tiny)
     states = [row["state"] for row in found.trials]
@@ -311,6 +316,7 @@ def test_what_failed_is_a_row_and_the_study_goes_on(tiny, searched):
     assert load_recipe(found.recipe, root=tiny).digest == load_recipe(found.recipe, {"lr": 3e-3}, tiny).digest
 
 
+@pytest.mark.slow
 def test_if_all_fail_the_study_says_why(tiny, searched):
     recipe = searched({"optimizer.lr": {"choices": [1e29, 1e30]}}, policy="none", lr=1e30)
     with pytest.raises(
@@ -323,6 +329,7 @@ def test_if_all_fail_the_study_says_why(tiny, searched):
         tune(recipe, "tiny", 3, root=tiny)
 
 
+@pytest.mark.slow
 def test_combinations_that_contradict_are_refused_without_training(tiny, searched):
     search = {"loss.name": {"choices": ["focal", "cross_entropy"]}, "loss.label_smoothing": {"choices": [0.0, 0.1]}}
     found = tune(searched(search), "tiny", 12, root=tiny, pruner="none")
@@ -354,6 +361,7 @@ def stop_at(trial, epoch):
     return stop
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_ends_as_if_it_had_not_been(tiny, searched):
     recipe = searched(epochs=5)
     whole = tune(recipe, "tiny", 14, root=tiny)
@@ -383,6 +391,7 @@ def _reports(journal):
             yield entry["trial_id"], entry["step"]
 
 
+@pytest.mark.slow
 def test_more_trials_go_on_and_another_space_seed_or_pruner_is_another_study(tiny, searched):
     recipe = searched(epochs=1)
     first = tune(recipe, "tiny", 2, root=tiny)
@@ -404,6 +413,7 @@ def test_after_the_timeout_no_trial_begins(tiny, searched):
     assert len(found.trials) == 1, "the one that was begun ends"
 
 
+@pytest.mark.slow
 def test_files_of_others_are_never_overwritten(tiny, searched):
     recipe = searched(epochs=1)
     own = tiny.recipes / "tiny-tuned.toml"
@@ -421,6 +431,7 @@ def test_files_of_others_are_never_overwritten(tiny, searched):
     assert tune(recipe, "tiny", 3, root=tiny, name="chosen").file == tiny.recipes / "chosen.toml"
 
 
+@pytest.mark.slow
 def test_a_line_that_was_cut_off_is_dropped_and_a_damaged_journal_named(tiny, searched):
     recipe = searched(epochs=1)
     found = tune(recipe, "tiny", 2, root=tiny)
@@ -436,6 +447,7 @@ def test_a_line_that_was_cut_off_is_dropped_and_a_damaged_journal_named(tiny, se
         tune(recipe, "tiny", 3, root=tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [3, 12])
 def test_a_process_that_died_before_its_first_epoch_leaves_the_same_trial(tiny, searched, number):
     recipe = searched(epochs=1)
@@ -617,6 +629,7 @@ def test_workers_whose_first_process_is_killed_end_by_themselves(long_study):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_the_group", [True, False])
 def test_a_worker_is_stopped_by_one_signal_alone(by_the_group):
     code = (

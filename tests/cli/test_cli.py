@@ -200,6 +200,7 @@ def test_train_names_a_bad_image_or_counts_it(zoo, tiny):
     assert "left out of val: 1 unreadable image" in done.out
 
 
+@pytest.mark.slow
 def test_bench_exits_3_and_writes_the_table_where_some_runs_failed(zoo, tiny):
     done = zoo("bench", "--data", "tiny", "--recipes", "tiny,wild", "--seeds", "1", "--json")
     assert done.code == 3
@@ -230,6 +231,7 @@ def test_bench_exits_3_and_writes_the_table_where_some_runs_failed(zoo, tiny):
     assert zoo("bench", "--data", "tiny", "--recipes", "tiny", "--seeds", "1").code == 0
 
 
+@pytest.mark.slow
 def test_compare_scores_and_prints(zoo, trained):
     run = list_runs(trained)[0]
     run.metrics_file("test").unlink()
@@ -330,6 +332,7 @@ def test_compare_says_what_it_cannot_do(zoo, trained, options, said):
     assert shown.code == 1 and said in shown.err and len(shown.err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_report_and_plan_from_the_command_line(zoo, trained, tmp_path):
     file = tmp_path / "r.html"
     shown = zoo("report", "--data", "tiny", "-o", str(file), "--json")
@@ -447,6 +450,7 @@ def test_signals_stop_a_run_that_then_goes_on_to_the_same_bits(tiny):
     assert sha256_file(file) == found
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_fault(tiny):
     process = start(tiny, "list", "models", "--json")
     process.stdout.read(10)
@@ -456,6 +460,7 @@ def test_a_reader_that_goes_away_is_no_fault(tiny):
     assert (process.wait(60), err) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_real_process_is_one_line(tiny):
     process = start(tiny, "train", "tiny", "--data", "tinny", "--json")
     out, err = process.communicate(timeout=60)
@@ -520,6 +525,7 @@ def test_a_folder_is_audited_by_its_path(zoo, leaking, root):
     assert (root.root / "audit-leaking" / "audit.html").is_file()
 
 
+@pytest.mark.slow
 def test_train_and_bench_refuse_leaks_until_they_are_accepted(zoo, tiny, leaking):
     zoo("data", "import", leaking, "--name", "mine")
     for verb in (("train", "tiny-lp"), ("bench", "--recipes", "tiny-lp", "--seeds", 1)):
@@ -546,6 +552,7 @@ def test_folds_are_datasets(zoo, root, tmp_path, write_scenes):
     assert (refused.code, "--folds goes with --seed alone" in refused.err) == (1, True)
 
 
+@pytest.mark.slow
 def test_show_writes_sheets(zoo, tiny):
     done = zoo("data", "show", "tiny", "--per-class", 3, "--json")
     assert done.code == 0

@@ -91,6 +91,7 @@ def test_mistakes_are_one_line(command, words, said):
     assert err.startswith(said) and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_range_test_prints_its_suggestion_and_where_the_figure_lies(tiny, capsys):
     from zoo.cli.tuning import find_lr
 

@@ -72,6 +72,7 @@ def test_gdcm_itself_ends_the_process_of_the_damaged_one(tmp_path):
     assert done.returncode < 0, done.stderr  # a signal; where this fails, the children may not be needed any more
 
 
+@pytest.mark.slow
 def test_a_dicom_that_ends_its_decoder_is_a_bad_image_and_the_next_one_is_read():
     whole = decode(jpeg_dicom())
     for _ in range(2):
@@ -80,6 +81,7 @@ def test_a_dicom_that_ends_its_decoder_is_a_bad_image_and_the_next_one_is_read()
         assert np.array_equal(decode(jpeg_dicom()), whole)
 
 
+@pytest.mark.slow
 def test_a_child_gives_the_decoders_own_pixels_whatever_their_type(assets):
     from pydicom.pixels import pixel_array
 
@@ -101,6 +103,7 @@ def test_a_child_gives_the_decoders_own_pixels_whatever_their_type(assets):
     assert idle[0]._process.pid == child  # none of them ended it
 
 
+@pytest.mark.slow
 def test_an_import_names_such_a_file_and_takes_the_others(root, tmp_path):
     for place in range(12):
         label = tmp_path / "scans" / "ab"[place % 2]
@@ -113,6 +116,7 @@ def test_an_import_names_such_a_file_and_takes_the_others(root, tmp_path):
     assert sum(len(dataset.of_split(split)) for split in ("train", "val", "test")) == 12
 
 
+@pytest.mark.slow
 def test_a_prediction_of_such_a_file_is_a_row_with_a_reason(trained, tmp_path):
     files = [tmp_path / "damaged.dcm", tmp_path / "whole.dcm"]
     for file, damaged in zip(files, (True, False), strict=True):
@@ -128,6 +132,7 @@ def test_an_error_is_named_by_its_kind_alone():
     assert asked(jpeg_dicom()).shape == (24, 24)
 
 
+@pytest.mark.slow
 def test_one_child_serves_one_thread_after_the_other_and_several_at_once():
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(asked, [jpeg_dicom()] * 20))
@@ -136,6 +141,7 @@ def test_one_child_serves_one_thread_after_the_other_and_several_at_once():
     assert 1 <= len(idle) <= 4
 
 
+@pytest.mark.slow
 def test_a_child_that_was_killed_or_hangs_is_replaced(monkeypatch):
     asked(jpeg_dicom())
     (idle,) = apart._idle.values()
@@ -150,6 +156,7 @@ def test_a_child_that_was_killed_or_hangs_is_replaced(monkeypatch):
     assert asked(jpeg_dicom()).shape == (24, 24)
 
 
+@pytest.mark.slow
 def test_an_interrupted_question_leaves_no_answer_for_the_next():
     asked(jpeg_dicom())
     (idle,) = apart._idle.values()
@@ -164,6 +171,7 @@ def test_an_interrupted_question_leaves_no_answer_for_the_next():
     assert asked(jpeg_dicom()).shape == (24, 24)
 
 
+@pytest.mark.slow
 def test_children_end_with_their_process():
     code = (
         "import sys; from zoo.data.apart import ask, _idle; data = sys.stdin.buffer.read()\n"
@@ -181,6 +189,7 @@ def test_children_end_with_their_process():
         assert not psutil.pid_exists(child)
 
 
+@pytest.mark.slow
 def test_a_child_that_takes_nothing_is_not_waited_for(monkeypatch):
     asked(jpeg_dicom())
     (idle,) = apart._idle.values()
@@ -215,6 +224,7 @@ def test_much_is_sent_and_comes_back(tmp_path, monkeypatch):
         assert np.array_equal(ask("echoing", data.tobytes(), MOST), data)
 
 
+@pytest.mark.slow
 def test_a_child_whose_parent_is_not_there_to_end_it_ends_by_itself(tmp_path):
     (tmp_path / "looping.py").write_text(
         "from zoo.data import apart\n"
@@ -240,6 +250,7 @@ def test_a_child_whose_parent_is_not_there_to_end_it_ends_by_itself(tmp_path):
         assert not left
 
 
+@pytest.mark.slow
 def test_an_interrupted_prediction_waits_for_no_child_that_is_stuck(tmp_path):
     (tmp_path / "scan.dcm").write_bytes(jpeg_dicom())
     code = """if True:

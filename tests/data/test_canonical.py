@@ -78,6 +78,7 @@ def test_the_list_says_which_public_sets_are_still_to_be_imported(root):
     assert status["iq_othnccd"] == "to import with --from"
 
 
+@pytest.mark.slow
 def test_the_original_gives_the_published_bytes_from_a_folder_and_from_a_zip(root, tmp_path, assets):
     original = assets / "data" / "iq_othnccd"
     dataset = import_dataset("iq_othnccd", "iq_othnccd", root, from_=original)
@@ -115,6 +116,7 @@ def look_alike(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_look_alike_of_the_chest_images_comes_out_clean(root, tmp_path):
     dataset = import_dataset("chest_ctscan", "chest_ctscan", root, from_=look_alike(tmp_path / "download"))
     assert tuple(dataset.classes) == CANCERS
@@ -132,6 +134,7 @@ def test_a_look_alike_of_the_chest_images_comes_out_clean(root, tmp_path):
         import_dataset("chest_ctscan", "other", root, from_=tmp_path / "download")
 
 
+@pytest.mark.slow
 def test_a_published_split_is_kept(root, assets):
     from zoo.data.resplit import resplit_dataset
 

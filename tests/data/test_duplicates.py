@@ -89,6 +89,7 @@ def test_few_images_have_no_pairs(count):
     assert components(count).tolist() == list(range(count))
 
 
+@pytest.mark.slow
 def test_the_pairs_of_the_lung_slices(assets):
     files = sorted((assets / "data" / "iq_othnccd").rglob("*.jpg"))
     facts = [look_at(file.read_bytes(), PLAIN) for file in files]

@@ -46,6 +46,7 @@ def test_planted_copies_are_found_and_refused(root, source):
     assert any(line.startswith("LEAKS: ") for line in describe_import(dataset))
 
 
+@pytest.mark.slow
 def test_train_and_bench_refuse_a_leaking_test_split_and_go_on_where_it_is_accepted(tiny, source, make_recipe):
     from zoo.benchmark.comparisons import comparison_of
     from zoo.benchmark.suite import bench
@@ -170,6 +171,7 @@ def test_near_duplicates_are_kept_together_by_default(root, tmp_path, write_scen
     assert find_leaks(resplit_dataset("torn", root, near_duplicates=True)).ok
 
 
+@pytest.mark.slow
 def test_advice_for_shipped_splits_in_scan_order_helps(root, tmp_path):
     folder = write_scans(tmp_path / "scans", 40, 12)
     lines = ["path,label,split"]
@@ -184,6 +186,7 @@ def test_advice_for_shipped_splits_in_scan_order_helps(root, tmp_path):
     assert find_leaks(resplit_dataset("scans", root, force=True, group_blocks=20)).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_leaks_are_the_same_where_the_pictures_of_a_large_dataset_stay_on_disk(root, source, monkeypatch, on_disk):
     for name in ("again", "once-more"):

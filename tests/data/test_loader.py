@@ -374,6 +374,7 @@ def gone(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
 def test_workers_die_with_a_killed_parent(loading):
     process, workers = loading
@@ -385,6 +386,7 @@ def test_workers_die_with_a_killed_parent(loading):
     assert all(gone(worker) for worker in workers)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_is_the_parents_to_answer(loading, number):
@@ -396,6 +398,7 @@ def test_a_signal_to_all_is_the_parents_to_answer(loading, number):
     assert all(gone(worker) for worker in workers)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
 def test_a_process_that_forgets_to_close_ends_its_workers(loading):
     process, workers = loading

@@ -344,6 +344,7 @@ print(sum(map(len, parts)), summary["splits"]["train"]["groups"], peak() - impor
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [200_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_a_manifest_of_many_rows_takes_less_than_900_bytes_a_row(tmp_path, count):
     """A million rows in 1.5 GiB leaves 1610 bytes a row for everything, about 600 of which are a training's imports."""

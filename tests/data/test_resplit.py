@@ -160,6 +160,7 @@ structures = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(structures, st.integers(0, 2**31 - 1))
 def test_no_group_in_two_splits_nothing_lost_and_the_same_seed_the_same_split(structure, seed):

@@ -250,6 +250,7 @@ def test_workers_decode_what_has_no_cache_and_a_vanished_image_is_named(dataset,
     assert len(open_pixels(dataset, "train", HERE, "skip")) == 17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fail", "skip"])
 def test_processes_that_build_the_same_cache_at_once_both_end_well(dataset, name):
     code = OPEN + (

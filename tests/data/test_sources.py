@@ -526,6 +526,7 @@ def test_the_phantom_is_imported_with_options_and_by_patient(root):
         import_dataset("lung-phantom", "third", root, patient=3)
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 def test_iq_othnccd_by_blocks_of_numbers(root, assets):
     start = time.perf_counter()
@@ -546,6 +547,7 @@ def test_iq_othnccd_by_blocks_of_numbers(root, assets):
     assert files_of(root, "iq_othnccd") == before
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 def test_flowers(root, assets):
     dataset = import_dataset(assets / "data" / "flowers", "flowers", root)

@@ -52,6 +52,7 @@ ratios = st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20)).m
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(groups=st.one_of(pure_groups, mixed_groups), ratios=ratios, seed=st.integers(0, 1000))
 def test_no_group_is_torn_nothing_is_lost_and_the_seed_decides(groups, ratios, seed):
@@ -76,6 +77,7 @@ def test_the_order_of_the_samples_changes_nothing(groups, seed):
     np.testing.assert_array_equal(splits[turned], again)
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(groups=pure_groups, ratios=ratios, seed=st.integers(0, 1000))
 def test_each_class_of_three_groups_stands_in_every_split_and_each_class_in_train(groups, ratios, seed):
@@ -148,6 +150,7 @@ def test_one_giant_group_does_not_starve_the_other_splits():
     assert where == {"class 0": set(SPLITS), "class 1": set(SPLITS)}
 
 
+@pytest.mark.slow
 def test_a_million_single_images_are_split_in_seconds():
     labels = np.random.default_rng(0).integers(0, 10, 1_000_000).astype(str)
     names = np.arange(1_000_000).astype(str)

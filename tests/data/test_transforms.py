@@ -265,6 +265,7 @@ def test_the_number_of_workers_changes_no_bit(start: str) -> None:
     assert not torch.equal(alone[0], alone[12]), "the second epoch must see other images"
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_the_same_bits() -> None:
     program = (
         "import hashlib, numpy as np\n"

@@ -223,6 +223,7 @@ def test_where_a_bundle_looked_is_drawn_of_its_own_maps(bundled, bundle, tmp_pat
         assert (picture[:, :side] != picture[:, side:]).any()
 
 
+@pytest.mark.slow
 def test_openvino_says_the_same(bundled, bundle):
     pytest.importorskip("openvino")
     from zoo.deployment.export import export

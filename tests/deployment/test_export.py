@@ -41,6 +41,7 @@ def left(trained, run):
     return found + (["exports"] if (run.path / "exports").exists() else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_a_run_becomes_a_bundle_that_gives_the_same_labels(trained, run, form):
     steps = set()
@@ -61,6 +62,7 @@ def test_a_run_becomes_a_bundle_that_gives_the_same_labels(trained, run, form):
     assert not any(each in data for data in contents(bundle.path).values() for each in ids)  # no sample travels
 
 
+@pytest.mark.slow
 def test_the_map_of_a_class_has_the_logit_as_its_mean_less_the_bias(trained, run):
     bundle = export(run, trained)
     images = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
@@ -86,6 +88,7 @@ def test_the_same_run_gives_the_same_bytes_in_another_place_and_process(trained,
     assert (tmp_path / "moved" / "models" / "bundles" / first.name / SUMS).read_bytes() == sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_nothing_in_a_bundle_names_this_machine(trained, run, form):
     bundle = export(run, trained, format=form)
@@ -265,6 +268,7 @@ def rows(manifest):
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_a_full_disk_is_an_error_of_one_line_and_leaves_nothing(trained, run, full_disk, form):
     import errno
@@ -308,6 +312,7 @@ def test_a_signal_in_the_middle_leaves_nothing(trained, run, number, code):
     assert left(trained, run) == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_by_the_next(trained, run):
     stale = trained.bundles / f".new-{exporting.sha256_of(f'{run.name}--onnx-float32')}-abc"
     stale.mkdir(parents=True)
@@ -329,6 +334,7 @@ def test_two_at_once_are_kept_apart(trained, run):
         export(run, trained)
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_named_with_its_install_line(trained, run, monkeypatch):
     for module, words, line in (
         ("onnxscript", {}, "zoo[export]"),

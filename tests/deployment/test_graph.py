@@ -88,6 +88,7 @@ def test_where_the_newer_exporter_gives_another_function_the_older_is_taken(tmp_
     assert facts["name"] == "torch.onnx TorchScript" and "its logits differ" in facts["fallback"]
 
 
+@pytest.mark.slow
 def test_a_network_that_no_exporter_can_write_is_an_error_of_one_line(tmp_path):
     class Odd(torch.nn.Module):
         def forward(self, images):

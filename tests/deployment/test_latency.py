@@ -61,6 +61,7 @@ def process_of(subject, root):
     return process
 
 
+@pytest.mark.slow
 def test_the_process_of_a_bundle_holds_no_torch(bundled, bundle):
     process = process_of(subject_of(bundle), bundled)
     try:
@@ -93,6 +94,7 @@ def test_a_bundle_that_was_changed_is_a_reason_and_nothing_is_kept(bundled, bund
     assert not (bundled.latency / f"{bundle.name}.json").exists()
 
 
+@pytest.mark.slow
 def test_a_bundle_is_measured_under_the_name_of_its_folder(bundled, bundle):
     copy = bundled.bundles / "production"
     shutil.copytree(bundle.path, copy)

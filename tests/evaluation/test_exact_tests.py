@@ -53,6 +53,7 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
+@pytest.mark.slow
 def test_holm_is_that_of_statsmodels():
     rng = np.random.default_rng(0)
     for size in range(1, 30):
@@ -107,6 +108,7 @@ def test_auroc_is_that_of_scipy():
         assert auc == pytest.approx(u / (HEALTHY * ILL), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_one_versus_rest_is_the_mean_and_its_variance_that_of_the_jackknife():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 240)

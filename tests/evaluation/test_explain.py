@@ -124,6 +124,7 @@ def squares(rng, count, size=64):
     return torch.from_numpy(images), torch.from_numpy(labels), places
 
 
+@pytest.mark.slow
 def test_the_map_of_a_trained_network_lies_on_what_decides():
     rng = np.random.default_rng(0)
     torch.manual_seed(0)

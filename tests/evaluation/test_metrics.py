@@ -165,6 +165,7 @@ def test_groups_are_counted():
     assert compute_metrics(p, ["a", "b"])["n_groups"] == 3
 
 
+@pytest.mark.slow
 @given(st.integers(1, 12), st.integers(2, 5), st.integers(0, 10_000), st.booleans(), st.sampled_from([1, 1e3, 1e30]))
 @settings(max_examples=60, deadline=None)
 def test_every_number_is_finite_and_fractions_stay_in_bounds(n, c, seed, negative, scale):

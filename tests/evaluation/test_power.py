@@ -22,6 +22,7 @@ def pair(rng, n, disagreement, difference, groups=0, alike=0.0):
     return [Predictions(ids, names, np.zeros(n, int), np.stack([row, ~row], 1) * 1.0) for row in right]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "disagreement", "groups", "alike"), [(400, 0.2, 0, 0), (600, 0.3, 60, 0.4)])
 def test_what_is_said_to_be_detectable_is_detected_four_times_in_five(n, disagreement, groups, alike):
     effect = design_effect([n // groups] * groups, alike) if groups else 1.0

@@ -72,6 +72,7 @@ def test_a_full_or_missing_disk_is_said(tmp_path: Path):
         write_predictions(tmp_path / "file" / "a.npz", some())
 
 
+@pytest.mark.slow
 def test_a_changed_or_cut_file_is_never_read_as_other_numbers(tmp_path: Path):
     given_in = some(n=3)
     path = tmp_path / "a.npz"

@@ -26,6 +26,7 @@ def repeated(predictions, counts):
     return Predictions(ids, np.full(len(place), ""), predictions.y_true[place], predictions.logits[place])
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.integers(2, 90), st.integers(2, 6), st.sampled_from([0, 7]), st.sampled_from([0, 2]))
 @settings(max_examples=60, deadline=None)
 def test_with_every_sample_once_it_is_scikit_learns_metric(seed, n, classes, groups, ties):
@@ -42,6 +43,7 @@ def test_with_every_sample_once_it_is_scikit_learns_metric(seed, n, classes, gro
                 assert found == pytest.approx(expected[metric], abs=1e-6), metric
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 3, 90])
 @pytest.mark.parametrize("groups", [0, 40])
 def test_a_replicate_is_scikit_learns_metric_of_what_was_drawn(classes, groups):

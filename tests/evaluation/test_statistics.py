@@ -148,6 +148,7 @@ def coverage(interval, draw, truth, simulations):
     return hits / simulations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.7, 0.85, 0.95])
 def test_of_200_independent_samples_it_covers_what_it_says(p):
     def draw(rng):
@@ -156,6 +157,7 @@ def test_of_200_independent_samples_it_covers_what_it_says(p):
     assert 0.91 <= coverage(top1_interval, draw, p, 300) <= 0.985
 
 
+@pytest.mark.slow
 def test_with_seeds_it_covers_what_it_says():
     def draw(rng):
         return correlated(rng, 0.85, 200, 1, runs=3, share=0.6, seed_sd=0.15)
@@ -163,6 +165,7 @@ def test_with_seeds_it_covers_what_it_says():
     assert 0.91 <= coverage(lambda runs: top1_interval(runs, replicates=400), draw, 0.85, 300) <= 0.995
 
 
+@pytest.mark.slow
 def test_in_groups_wilson_claims_too_much_and_the_bootstrap_does_not():
     def draw(rng):
         return correlated(rng, 0.8, 40, 10)
@@ -303,6 +306,7 @@ def test_under_no_difference_few_pairs_are_told_apart():
     assert false / 150 <= 0.09
 
 
+@pytest.mark.slow
 def test_two_lucky_seeds_are_not_taken_for_a_difference_of_recipes():
     # Large test set, scores that depend on the seed: the seeds, not the samples, are what is scarce.
     false = 0

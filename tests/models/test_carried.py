@@ -62,6 +62,7 @@ def test_each_loads_without_a_network_or_a_folder(name, root):
     assert torch.isfinite(model(torch.rand(2, 3, 64, 64) * 2 - 1)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_its_features_tell_formula_classes_apart_that_random_ones_do_not(name, root):
     """The weights are what the card says: a nearest class mean in their features knows unseen images of its classes."""
@@ -137,6 +138,7 @@ def test_a_damaged_card_is_one_line(tmp_path, monkeypatch):
         carried_weights.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_command_lists_them_with_licence_size_and_preprocessing(root):
     for width in ("80", "120"):
         shown = CliRunner().invoke(app, ["list", "models", "--carried"], env={"COLUMNS": width, "NO_COLOR": "1"})

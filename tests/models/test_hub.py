@@ -207,6 +207,7 @@ def test_a_name_look_up_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pyte
     assert time.monotonic() - started < 2
 
 
+@pytest.mark.slow
 def test_the_endpoint_is_read_at_the_start_of_a_process(hub: Any, tmp_path: Path) -> None:
     hub.add(REPO, "model.safetensors", CONTENT)
     code = (

@@ -110,6 +110,7 @@ def test_a_dataset_whose_images_are_gone_is_an_error(root, tmp_path, write_scene
         show_dataset(dataset)
 
 
+@pytest.mark.slow
 def test_sheets_of_every_class_and_split_and_of_the_policies(hostile, tmp_path):
     files = show_dataset(hostile, tmp_path / "show", per_class=4)
     assert [file.name for file in files] == ["index.html", "train.png", "val.png", "test.png", "augmentation.png"]
@@ -124,6 +125,7 @@ def test_sheets_of_every_class_and_split_and_of_the_policies(hostile, tmp_path):
         show_dataset(hostile, tmp_path, per_class=0)
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_leaves_its_place_empty(tiny):
     from zoo.data.manifest import load_dataset
 

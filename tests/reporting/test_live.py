@@ -95,6 +95,7 @@ def test_ticks_without_a_loss_are_passed_over(tmp_path):
     assert not live.path.exists() and live.note is None
 
 
+@pytest.mark.slow
 def test_a_long_run_keeps_few_points_and_a_wild_start_does_not_flatten_the_rest(tmp_path):
     live = LiveFigure(tmp_path / "loss.png", every_s=1e6)
     for epoch in range(1, 201):

@@ -202,6 +202,7 @@ _ROWS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(_ROWS, st.floats(2, 60), st.floats(0, 0.2))
 def test_a_choice_keeps_its_word(rows, most, margin):

@@ -96,6 +96,7 @@ def every_figure(names, classes, title):
 # All figures ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 7, 13])
 def test_nothing_is_cut_off_or_covers_another_panel(count):
     classes = ["normal", "benign", "malignant with a rather long name"]
@@ -113,6 +114,7 @@ def test_nothing_is_cut_off_or_covers_another_panel(count):
                 assert min(across, along) <= 3, key  # pixels
 
 
+@pytest.mark.slow
 def test_hostile_names_are_shown_as_they_are(tmp_path):
     for key, figure in every_figure(HOSTILE, HOSTILE, " ".join(HOSTILE)).items():
         assert drawn(figure, tmp_path / f"{key}.png").std() > 0
@@ -122,6 +124,7 @@ def test_hostile_names_are_shown_as_they_are(tmp_path):
         assert all(each.isprintable() for each in shown), key
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(tmp_path):
     for number in (1, 2):
         for key, figure in every_figure(["a", "b"], ["x", "y"], "title").items():
@@ -132,6 +135,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
         assert b"matplotlib" not in first.lower()
 
 
+@pytest.mark.slow
 def test_a_figure_fits_a_readme_page(tmp_path):
     for key, figure in every_figure(["a", "b", "c", "d", "e"], ["x", "y", "z"], "title").items():
         assert drawn(figure, tmp_path / f"{key}.png").shape[1] <= 1020

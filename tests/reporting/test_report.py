@@ -101,6 +101,7 @@ def test_a_winner_alone_and_what_is_equivalent(root):
 # The page -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_has_every_part_and_asks_for_nothing(root):
     page = report_page(material(root, several(root)))
     shown = Text(page)
@@ -117,6 +118,7 @@ def test_the_page_has_every_part_and_asks_for_nothing(root):
     assert all(alt for alt in re.findall(r'<img class="chart"[^>]*alt="([^"]*)"', page))
 
 
+@pytest.mark.slow
 def test_the_numbers_of_the_page_are_those_of_the_statistics(root):
     runs = several(root)
     made = material(root, runs)
@@ -138,6 +140,7 @@ def test_the_numbers_of_the_page_are_those_of_the_statistics(root):
     assert f"{int((wrong >= 0.5).all(axis=0).sum())} of 60 test images are missed by every recipe" in text
 
 
+@pytest.mark.slow
 def test_strangers_words_are_shown_as_text(root):
     runs = several(root, classes=EVIL)
     write_text(runs[0].path / "recipe.toml", 'summary = "</pre><script>alert(1)</script>"\n')
@@ -149,12 +152,14 @@ def test_strangers_words_are_shown_as_text(root):
     assert "49" not in [word for word in shown.words if word.strip() == "49"]
 
 
+@pytest.mark.slow
 def test_two_classes_have_operating_points_and_sensitivity(root):
     runs = several(root, classes=["healthy", "ill"], negative_class="healthy")
     text = Text(report_page(material(root, runs))).text
     assert "specificity ≥ 0.95 on val" in text and "sensitivity on test" in text
 
 
+@pytest.mark.slow
 def test_many_classes_show_those_with_the_lowest_recall(root):
     classes = [f"class {i:02}" for i in range(50)]
     runs = [make_run(root, "many", n=300, classes=classes)]
@@ -162,6 +167,7 @@ def test_many_classes_show_those_with_the_lowest_recall(root):
     assert "The 40 classes with the lowest recall of many." in text
 
 
+@pytest.mark.slow
 def test_failures_and_a_run_without_val_leave_no_gap(root):
     runs = [make_run(root, "a", splits=("test",)), make_run(root, "b")]
     comparison = make_comparison([*runs, record("c", status="failed", reason="<b>broke</b>")], floors=FLOORS)
@@ -182,6 +188,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("classes", [["healthy", "ill"], ["a", "b", "c"]], ids=["two", "three"])
 def test_odd_predictions_have_a_table_and_a_page(root, name, classes):
@@ -259,6 +266,7 @@ def test_the_front_holds_what_nothing_cheaper_equals():
 # In a real browser ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_in_a_browser_hostile_names_are_text_and_nothing_runs(root, tmp_path):
     file = tmp_path / "report.html"

@@ -135,6 +135,7 @@ def test_importances_are_bars_the_largest_on_top():
     assert [tick.get_text() for tick in axes.get_yticklabels()][-1] == "optimizer.lr"
 
 
+@pytest.mark.slow
 def test_figures_of_any_study_can_be_written(tmp_path):
     alone = {"optimizer.name": {"choices": ["sgd"]}}
     lone = [{**trial(0, 0.5), "params": {"optimizer.name": "sgd"}}]

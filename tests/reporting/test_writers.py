@@ -92,6 +92,7 @@ def in_mlflow(plan: Plan, key: str) -> Points:
 READERS = {"tensorboard": in_tensorboard, "mlflow": in_mlflow}
 
 
+@pytest.mark.slow
 def test_names_that_are_unknown_or_not_installed_are_refused_before_work(plan, monkeypatch):
     assert check_writers(["mlflow", "tensorboard", "mlflow"]) == ["mlflow", "tensorboard"]
     with pytest.raises(
@@ -324,6 +325,7 @@ def train_at_the_prompt(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
 
 
+@pytest.mark.slow
 def test_who_finds_a_run_in_progress_leaves_what_is_written_of_it_alone(plan):
     writers = open_writers(["mlflow"], plan)
     with run_lock(plan.home, plan.run.name):
@@ -341,6 +343,7 @@ def test_who_finds_a_run_in_progress_leaves_what_is_written_of_it_alone(plan):
         assert READERS[name](plan, "train_loss") == [(row["epoch"], row["train_loss"]) for row in history]
 
 
+@pytest.mark.slow
 def test_a_store_that_cannot_be_opened_is_no_failure_of_the_run(plan, monkeypatch):
     damaged = plan.home.root / "damaged.db"
     damaged.write_bytes(b"no database at all, " * 400)

@@ -110,6 +110,7 @@ def test_the_same_recipe_and_seed_give_the_same_bits_for_any_number_of_workers(t
     assert files[0] == files[1] == files[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb"])
 def test_an_interrupted_run_ends_with_the_same_bits(tiny, make_recipe, optimizer):
     more = {"ema_decay": 0.9, "mixup": 0.3, "cutmix": 0.3, "drop_rate": 0.2, "warmup_epochs": 1, "clip_grad": 1.0}
@@ -137,6 +138,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny, make_recipe, optimizer
     assert lasting(broken) == lasting(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["lp-ft", "gradual"])
 @pytest.mark.parametrize("phase", ["head", "network"])
 def test_two_phases_go_on_with_the_same_bits(tiny, make_recipe, strategy, phase):
@@ -331,6 +333,7 @@ def test_a_metric_that_val_cannot_define_keeps_the_first_epoch_only_until_one_is
     assert run.record.best_epoch == 2
 
 
+@pytest.mark.slow
 def test_a_network_that_runs_out_of_memory_image_by_image_says_so(tiny, make_recipe):
     from torch import nn
 
@@ -407,6 +410,7 @@ def test_a_batch_that_the_allocator_refuses_is_computed_in_parts(tiny, make_reci
     assert "computed in 2 parts" in run.record.notes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

@@ -13,6 +13,7 @@ from zoo.training.lr_range import _found as found_in
 from zoo.training.plan import make_plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -42,6 +43,7 @@ def test_every_strategy_can_be_tested_and_gives_the_same_again(tiny, make_recipe
     assert lr_range(make_plan(make_recipe(**overrides), "tiny", 1, tiny), 60).losses != first.losses
 
 
+@pytest.mark.slow
 def test_the_suggestion_trains_better_than_its_extremes(tiny, make_recipe):
     from zoo.training.loop import train
 

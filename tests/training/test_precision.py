@@ -205,6 +205,7 @@ def test_a_compiled_plan_whose_cost_nobody_kept_is_measured_again():
     assert not fitting_plan(known, wrong, FLOAT, 32, at(100_000)).compiled
 
 
+@pytest.mark.slow
 def test_a_real_network_is_measured_once_and_its_plan_kept_recorded_and_used(tiny, make_recipe, monkeypatch):
     monkeypatch.setattr(speed, "FEWEST_STEPS", 4)
     run = train(make_recipe("one", batch_size=6, epochs=2), "tiny", 0, tiny)

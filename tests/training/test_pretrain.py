@@ -66,6 +66,7 @@ def test_it_leaves_float16_weights_a_card_and_a_history(toy):
     assert [row["epoch"] for row in rows] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(toy, tmp_path):
     _, folder = toy
     name = "test_resnet.formula.safetensors"
@@ -77,6 +78,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(toy, tmp_pat
     assert sha256_file(other / name) != sha256_file(folder / name)
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_goes_on_and_ends_with_the_same_bytes(toy, tmp_path):
     root, settings = home(tmp_path), Pretraining("test_resnet", **TOY)
 
@@ -96,6 +98,7 @@ def test_what_was_interrupted_goes_on_and_ends_with_the_same_bytes(toy, tmp_path
     assert ticks == []
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     settings = Pretraining("test_resnet", **{**TOY, "images_per_class": 12, "epochs": 6})
     folder = pretrain(settings, home(tmp_path))
@@ -235,6 +238,7 @@ def test_a_signal_stops_it_with_its_code_and_the_same_command_goes_on(tmp_path, 
     assert not (history.parent / "test_resnet.long.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -68,6 +68,7 @@ def marked(tmp_path_factory):
     return root, runs
 
 
+@pytest.mark.slow
 def test_a_shortcut_in_the_corner_outlives_the_centre(marked):
     root, runs = marked
     corner, middle = (shortcut_probe(runs[name], root) for name in ("corner", "middle"))

@@ -93,6 +93,7 @@ def slowly(folder: str) -> list[float]:
     return store_once(Path(folder) / "a.npy", 5, compute).values.flatten().tolist()
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_computes_and_all_have_it(tmp_path):
     with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
         found = list(pool.map(slowly, [str(tmp_path)] * 3))
@@ -123,6 +124,7 @@ def killed(folder: str) -> None:
     store_once(Path(folder) / "a.npy", 5, compute)
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_has_begun_is_removed(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=killed, args=(str(tmp_path),))
     process.start()

@@ -51,6 +51,7 @@ def huge_png(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*TYPES, "DICOM"])
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_raw_body_is_answered_as_the_predictor_answers(live, bundle_folder, picture, kind, declared):
@@ -187,6 +188,7 @@ def test_models_are_described_and_asked_by_name(live, bundle_folder, picture):
     assert live.predict(picture(), query="?model=nobody")[0] == 404
 
 
+@pytest.mark.slow
 def test_several_bundles_are_served_by_name(start, bundle_folder, picture):
     server = start("--name", f"a={bundle_folder}", "--name", f"b={bundle_folder}", str(bundle_folder))
     names = server.ask("GET", "/models")[2]["models"]

@@ -120,6 +120,7 @@ def test_a_decoder_is_bounded(decoder, picture):
     assert int(limits["Max address space"]) < 4 << 30
 
 
+@pytest.mark.slow
 def test_a_decoder_that_dies_or_hangs_is_replaced(picture):
     decoder = Decoder(max_pixels=1_000_000, seconds=60)
     try:
@@ -152,6 +153,7 @@ def test_signals_to_the_group_do_not_end_a_decoder(decoder, picture):
     assert decoder.child._process.pid == process
 
 
+@pytest.mark.slow
 def test_decoders_end_with_their_server(start, bundle_folder, picture):
     import psutil
 

@@ -57,6 +57,7 @@ def test_images_that_nobody_waits_for_are_let_go(predictor, picture, why):
         queue.stop()
 
 
+@pytest.mark.slow
 def test_the_end_of_the_queue_leaves_no_process_thread_or_pipe(predictor, picture):
     queue = WorkQueue({"m": predictor}, Limits(decode_s=600), Metrics(), 2)
 
@@ -85,6 +86,7 @@ def test_no_more_decoders_than_one_network_can_use(predictor):
     assert [each._pool_size for each in queues] == [1, 3, MOST_DECODERS] == [1, 3, 8]
 
 
+@pytest.mark.slow
 def test_forms_are_read_one_after_the_other_and_not_in_the_event_loop(predictor, picture, monkeypatch):
     inside, most, threads = 0, 0, set()
     both, read = threading.Event(), server_app.images_of
@@ -122,6 +124,7 @@ def test_forms_are_read_one_after_the_other_and_not_in_the_event_loop(predictor,
     assert most == 1 and threading.main_thread() not in threads
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait_for_a_decoder(odd, picture):
     server = odd(limits={"decode_s": 3600, "deadline_s": 3600, "grace_s": 3600})
     assert server.predict(picture())[0] == 200
@@ -169,6 +172,7 @@ def test_the_box_is_where_the_network_saw_the_image(predictor, picture, sides, t
     assert 255 * (end * long - 0.5) / (long - 1) == pytest.approx(line[-1] + step / 2, abs=2)
 
 
+@pytest.mark.slow
 def test_the_answer_for_a_long_image_has_the_box_of_what_was_sent(live, picture):
     row = live.predict(picture(size=(880, 40)), query="?explain=true")[2]["predictions"][0]
     left, top, right, bottom = row["activation_box"]
