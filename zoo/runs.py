@@ -278,11 +278,14 @@ def run_lock(root: Home, name: str, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
+_NOBODY_S = 60.0  # after which a lock that no living process is known to hold is waited for no longer
+
+
 def _acquired(path: Path, holder: Path, name: str, wait: bool) -> BaseFileLock:
     """Return the lock, held; a holder that has only just come or gone cannot be told yet and is asked again."""
     from filelock import FileLock, Timeout
 
-    tries = 0
+    tries, since = 0, time.monotonic()
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,7 +294,9 @@ def _acquired(path: Path, holder: Path, name: str, wait: bool) -> BaseFileLock:
         except Timeout:
             tries += 1
             who = _living_holder(holder)
-            if not wait and (who is not None or tries == 20):
+            since = since if who is None else time.monotonic()
+            nobody = time.monotonic() - since > _NOBODY_S
+            if nobody or (not wait and (who is not None or tries == 20)):
                 who = who or "another process"
                 raise RunHeld(f"run {name!r} is being trained by {who}; wait for it, or stop it") from None
             time.sleep(0.1)

@@ -192,13 +192,16 @@ def test_another_run_s_bundle_of_that_name_stays(trained, run):
     other = next(each for each in list_runs(trained) if each.finished and each.name != run.name)
     mine = export(run, trained, name="mine")
     before = {path: path.read_bytes() for path in mine.path.iterdir()}
-    said = f"bundle 'mine' is there already, of run '{run.name}' as onnx in float32; take another --name, or delete"
+    said = (
+        f"bundle 'mine' is there already, of run '{run.name}' as onnx in float32; take another --name, or --replace it"
+    )
     with pytest.raises(ZooError, match=re.escape(said)):
         export(other, trained, name="mine")
     with pytest.raises(ZooError, match=re.escape(said)):
         export(run, trained, name="mine", precision="int8")
     assert {path: path.read_bytes() for path in mine.path.iterdir()} == before
     assert export(run, trained, name="mine").path == mine.path
+    assert export(other, trained, name="mine", replace=True).record.run == other.name
 
 
 @pytest.mark.parametrize("what", [None, 3, object()])

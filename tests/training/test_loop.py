@@ -572,7 +572,8 @@ def test_frozen_stages_run_anew_where_the_disk_has_no_room_for_what_they_give_an
     subprocess.run(["mount", "-o", "remount,size=200m", str(full_disk)], check=True)
     run = train_plan(plan, none_kept)
     assert run.record.notes == [
-        "the disk had no room to keep what the frozen stages make of val and train: computed anew in every epoch"
+        "the disk had no room to keep what the frozen stages make of val and train: computed anew in every "
+        "epoch, which may show in the last bits of the weights"
     ]
     monkeypatch.setattr(boundary, "WORTH", dict.fromkeys(("cpu", "cuda"), 1e12))  # never
     assert bits(train(make_recipe("never", **common), "tiny", 0, tiny)) == bits(run)

@@ -212,6 +212,10 @@ def test_pieces_are_in_order_no_smaller_than_asked_for_and_remembered():
     assert list(in_pieces(other, range(8), forward, least=2)) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     most, other = 4, nn.Identity()
     assert list(in_pieces(other, range(9), forward, least=2)) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    most, other = 1, nn.Identity()
+    assert list(in_pieces(other, range(2), forward)) == [[0], [1]]
+    most = 10
+    assert list(in_pieces(other, range(5), forward, least=2)) == [[0, 1], [2, 3, 4]]
     most = 1
     with pytest.raises(ZooError, match="out of memory even with 2 images at a time"):
         list(in_pieces(nn.Identity(), range(8), forward, least=2))

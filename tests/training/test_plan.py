@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 
 import pytest
@@ -291,3 +293,19 @@ def test_where_only_reading_the_images_shows_it_the_run_says_so(lopsided, make_r
     assert run.record.notes == [
         "val cannot define auroc: no epoch had a value, and the first is kept; set another finetune.metric"
     ]
+
+
+def test_weights_that_cannot_be_read_cost_no_finished_run(tiny, make_recipe, monkeypatch):
+    plan = make_plan(make_recipe(), "tiny", 0, tiny)
+    run = train(make_recipe(), "tiny", 0, tiny)
+    before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+
+    def broken(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))  # as a disk or a share may answer for a while
+
+    monkeypatch.setattr("zoo.training.plan.sha256_file", broken)
+    with pytest.raises(ZooError, match=r"weights of run .* cannot be read: Input/output error; check '.*safetensors'"):
+        train(make_recipe(), "tiny", 0, tiny)
+    assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
+    monkeypatch.undo()
+    assert finished_run(plan) is not None

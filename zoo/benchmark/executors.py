@@ -23,7 +23,7 @@ from zoo.models.spec import own_models
 from zoo.runs import Run, RunRecord, run_lock
 from zoo.training.derived import is_derived, sources
 from zoo.training.loop import OnTick
-from zoo.training.plan import Plan
+from zoo.training.plan import Plan, finished_run
 
 GRACE_S = 30.0  # for a process that was asked to stop; saving its state takes at most a third
 
@@ -81,7 +81,14 @@ def _run_here(
 
 
 def _is_done(plan: Plan) -> bool:
-    return plan.run.finished and plan.run.weights_file.is_file() and plan.run.scored("test")
+    return _is_finished(plan) and plan.run.scored("test")
+
+
+def _is_finished(plan: Plan) -> bool:
+    try:
+        return finished_run(plan) is not None
+    except ZooError:  # which is what its row will say
+        return False
 
 
 def _only_here(step: Planned) -> bool:
@@ -151,7 +158,7 @@ class _Parts:
         above = [step]
         while above:
             plan = above.pop()
-            found = [each for each in sources(plan) if not each.run.finished] if is_derived(plan.recipe) else []
+            found = [each for each in sources(plan) if not _is_finished(each)] if is_derived(plan.recipe) else []
             self.sources |= {each.digest for each in found}
             above += found
 
@@ -277,7 +284,7 @@ class _Crew:
         plan = self.steps[worker.number]
         assert isinstance(plan, Plan)
         record = plan.record("failed", reason)
-        if plan.run.path.is_dir():
+        if plan.run.path.is_dir() and not plan.run.finished:
             # Where another process is at the run by now, what becomes of it is that one's to say.
             with suppress(ZooError), run_lock(plan.home, plan.run.name):
                 if not plan.run.finished:

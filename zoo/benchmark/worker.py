@@ -24,7 +24,7 @@ from zoo.files import write_text
 from zoo.models.spec import load_plugins
 from zoo.runs import Run, RunRecord
 from zoo.training.loop import OnTick, Tick, train_plan
-from zoo.training.plan import Plan
+from zoo.training.plan import Plan, finished_run
 from zoo.training.scoring import evaluate
 
 ORPHAN_S = 12.0  # for a process whose parent is gone
@@ -42,18 +42,21 @@ class Outcome:
 
 def train_and_score(plan: Plan, bad_images: str | None, on_tick: OnTick | None) -> Outcome:
     """Train a run and score it on test; whatever fails is a failed record, and Interrupted is raised."""
-    state = "reused" if plan.run.finished else "finished"
     try:
+        state = "reused" if finished_run(plan) is not None else "finished"
         run = train_plan(plan, on_tick)
-        metrics = evaluate(run, "test", plan.home, bad_images=bad_images)
+        try:
+            metrics = evaluate(run, "test", plan.home, bad_images=bad_images)
+        except (Interrupted, ZooError):
+            raise
+        except Exception as error:  # memory that does not suffice, or a network that breaks: the other runs go on
+            raise ZooError(_scoring_failed(run, error)) from error
         (run.path / "traceback.txt").unlink(missing_ok=True)  # of an attempt to score it before
         return Outcome(run, state, f"test top1 {metrics['top1']:.3f}")
     except Interrupted:
         raise
     except ZooError as error:
         said = str(error)
-    except Exception as error:  # memory that does not suffice, or a network that breaks: the other runs go on
-        said = _scoring_failed(plan.run, error)
     _free_memory()
     return Outcome(plan.record("failed", said), "failed", said)
 

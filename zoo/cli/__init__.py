@@ -62,7 +62,7 @@ class _Terminated(KeyboardInterrupt):
 
 
 _terminated = False
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a stream: files name themselves in errors
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -100,13 +100,21 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        if error.filename is not None or error.errno not in _NO_ROOM:
+        if error.errno not in _NO_ROOM or not _while_printing(error):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _say(f"error: cannot write standard output: {error.strerror}; free space there, or send it elsewhere")
         sys.exit(EXIT_MISTAKE)
     except Exception as error:
         _exit_for_usage(error)
+
+
+def _while_printing(error: OSError) -> bool:
+    """Return whether standard output is what could not be written: the error itself does not say."""
+    import traceback
+
+    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return last.parent == Path(__file__).parent or bool({"click", "rich", "typer"} & set(last.parts))
 
 
 def _say(text: str) -> None:

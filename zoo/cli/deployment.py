@@ -33,6 +33,9 @@ def export(
     ] = 0.01,
     metric: Annotated[str, typer.Option(help="The metric that the margin is of.")] = "top1",
     name: Annotated[str | None, typer.Option(help="Name of the bundle; else RUN--FORMAT-PRECISION.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the place of another run's bundle of that name.")
+    ] = False,
     json: JsonOption = False,
     home: HomeOption = None,
 ) -> None:
@@ -54,6 +57,7 @@ def export(
             margin=margin,
             metric=metric,
             name=name,
+            replace=replace,
             progress=lambda what, done, total: shown.images(what, "" if what == "exporting" else "images")(done, total),
             on_note=notes.append,
         )

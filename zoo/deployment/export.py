@@ -123,6 +123,7 @@ def export(
     margin: float | None = None,
     metric: str | None = None,
     name: str | None = None,
+    replace: bool = False,
     progress: Progress | None = None,
     on_note: Note | None = None,
 ) -> Bundle:
@@ -131,10 +132,10 @@ def export(
     The gate asks network and bundle about every val image (`zoo.deployment.parity.judge`): float32 must give the same
     labels, other precisions may change `metric` by `margin` at the worse end of its paired interval. Test is never
     scored. The same run gives the same bytes; a bundle that is there already stays where they are the same, and is
-    replaced whole where not. margin: 0.01, one point, and metric: top1, where left out; of a choice of `zoo.pick` whose
-    format and precision are left out, those that its bundle was judged by. name: of the bundle, else
-    `<run>--<format>-<precision>`. progress: called with a step's
-    name, and what is done and in all. on_note: called with what is worth saying.
+    replaced whole where not; one of another run, format or precision only with `replace`. margin: 0.01, one point, and
+    metric: top1, where left out; of a choice of `zoo.pick` whose format and precision are left out, those that its
+    bundle was judged by. name: of the bundle, else `<run>--<format>-<precision>`. progress: called with a step's name,
+    and what is done and in all. on_note: called with what is worth saying.
 
     Raises ZooError where the run did not finish, its dataset is gone or was split anew, an image is gone or changed,
     the network cannot be exported, the gate fails, a package is missing, or the disk is full; nothing half-written
@@ -156,9 +157,12 @@ def export(
     dataset = _dataset(run, record, root)
     shown = progress or (lambda *_: None)
     job = _Job(run, record, root, dataset, format, precision, bundle_name, metric, margin, shown)
-    _check_target(job)
+    if not replace:
+        _check_target(job)
     set_threads()
     with Interruption() as interruption, _lock(job), _staging(job) as folder:
+        if not replace:
+            _check_target(job)  # again: another may have come first
         verdict, predictions = _make(job, folder, say)
         bundle = open_bundle(folder)
         if _same(job.target, folder):
@@ -207,7 +211,7 @@ def _check_target(job: _Job) -> None:
     if own != other:
         raise ZooError(
             f"bundle {job.name!r} is there already, of run {one_line(there.run)!r} as {there.format} in "
-            f"{there.precision}; take another --name, or delete its folder"
+            f"{there.precision}; take another --name, or --replace it"
         )
 
 

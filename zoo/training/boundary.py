@@ -72,8 +72,8 @@ class Boundary:
         """Return whether keeping the activations of so many images for so many epochs is worth their bytes.
 
         limit: the most bytes; left out, 8 GiB, and no more than `ZOO_CACHE_GB`. The answer follows from network, data,
-        recipe, kind of device and limit alone, never from a clock or from what is free: whether activations are kept
-        may show in the last bits of a run.
+        recipe, kind of device and limit alone, never from a clock: whether activations are kept may show in the last
+        bits of a run. (A disk without room is another matter, which the run notes.)
         """
         limit = min(DEFAULT_LIMIT, cache_limit()) if limit is None else limit
         saved = self.macs / self.bytes_per_image >= WORTH.get(device.type, WORTH_ELSEWHERE)

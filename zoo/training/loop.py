@@ -65,6 +65,8 @@ def train_plan(plan: Plan, on_tick: OnTick | None = None, on_epoch: OnEpoch | No
             if group.shared(_finished(plan) is not None):
                 return plan.run
             if group.leads:
+                if plan.run.finished and plan.run.weights_file.is_file() and on_tick is not None:
+                    on_tick(Tick(plan.run.name, "its weights were changed: trained again", 0, 1))
                 # What a failed run has saved is good: it goes on from there once the cause is mended.
                 plan.run.clear()
             return _guarded(plan, group, on_tick or (lambda _: None), on_epoch or (lambda _: None))

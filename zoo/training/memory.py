@@ -87,7 +87,7 @@ def in_pieces(model: nn.Module, batch: Any, forward: Callable[[Any], T], least: 
     """
     start = 0
     while start < len(batch):
-        stop = start + images_at_a_time(model, len(batch))
+        stop = start + max(least, images_at_a_time(model, len(batch)))
         stop = len(batch) if len(batch) - stop < least else stop
         try:
             found = forward(batch[start:stop])

@@ -86,7 +86,8 @@ def _notes(trainer: Trainer) -> list[str]:
     if trainer.progress.uncached:
         splits = " and ".join(trainer.progress.uncached)
         notes.append(
-            f"the disk had no room to keep what the frozen stages make of {splits}: computed anew in every epoch"
+            f"the disk had no room to keep what the frozen stages make of {splits}: computed anew in every "
+            "epoch, which may show in the last bits of the weights"
         )
     if parts == 1:
         return notes

@@ -414,12 +414,18 @@ def failed_record(recipe: Recipe | str, dataset: Dataset, seed: int, reason: str
 
 
 def finished_run(plan: Plan) -> Run | None:
-    """Return the plan's run where it is finished already, and its weights are those that it ended with."""
+    """Return the plan's run where it is finished already, and its weights are those that it ended with.
+
+    Raises ZooError where they cannot be read.
+    """
     run = plan.run
     if not run.finished or not run.weights_file.is_file():
         return None
     wanted = run.record.weights_sha256
     try:
         return run if wanted is None or sha256_file(run.weights_file) == wanted else None
-    except OSError:
-        return None
+    except OSError as error:
+        raise ZooError(
+            f"the weights of run {run.name!r} cannot be read: {one_line(error.strerror or error)}; check "
+            f"{str(run.weights_file)!r}, or delete it to train the run again"
+        ) from error
