@@ -146,7 +146,7 @@ def test_a_table_of_something_else_is_refused(trained):
         ({"metric": "top-1"}, "--metric must be one of .* did you mean 'top1'"),
         ({"cost": "price"}, "--cost must be one of latency, size, memory. Got 'price'"),
         ({"percentile": "p90"}, "--percentile must be one of p50, p95, p99. Got 'p90'"),
-        ({"margin": -1}, "the margin must be 0 or more"),
+        ({"margin": -1}, r"the margin must be in \[0, 1\] of top1; 0.01 is one point. Got -1"),
         ({"max_latency_ms": -5}, "the most latency must be a number of ms above 0. Got -5"),
         ({"threads": 0}, "threads must be 1 to"),
     ],

@@ -125,7 +125,7 @@ def test_scoring_that_memory_does_not_suffice_for_takes_fewer_images_and_trains_
     assert len(hungry.trained) <= updates  # of frozen stages none is looked for
     assert sum(count > most for count in hungry.scored) <= 10  # the size that sufficed is not looked for in each batch
     evaluate(pieces, "test", tiny)
-    assert whole.record.notes == [note for note in whole.record.notes if note.startswith("swa")]
+    assert not any("memory" in note for note in whole.record.notes)
     said = f"trained again it may have other bits: memory sufficed for scoring {3 if most == 4 else 2} images at a time"
     assert said in pieces.record.notes
     ours, theirs = load_file(pieces.weights_file), load_file(whole.weights_file)
