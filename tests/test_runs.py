@@ -257,6 +257,7 @@ def test_of_two_processes_with_one_command_exactly_one_trains(tiny):
     )
 
 
+@pytest.mark.slow
 def test_a_lock_may_be_waited_for_until_its_living_holder_ends(root):
     with holder(root) as (held, _):
         threading.Timer(3, held.kill).start()  # longer than a holder that cannot be told is given

@@ -28,6 +28,7 @@ def test_a_report_of_a_dataset_and_of_named_runs(trained, tmp_path):
     assert again == tmp_path / "own.html" and again.read_text() == page
 
 
+@pytest.mark.slow
 def test_a_benchmark_s_report_has_its_failures_as_rows(trained):
     score_missing([], data="tiny", root=trained)
     runs = list_runs(trained)

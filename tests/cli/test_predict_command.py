@@ -17,6 +17,8 @@ import pytest
 from zoo.data.manifest import load_dataset
 from zoo.deployment.bundle import list_bundles
 
+pytestmark = pytest.mark.slow  # processes and servers of their own
+
 
 @pytest.fixture
 def predict(bundled, tmp_path):
@@ -142,7 +144,6 @@ def test_bad_usage_is_exit_code_2(predict):
         assert done.returncode == 2 and done.stdout == b"" and b"Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 def test_closed_standard_streams_are_no_traceback(predict, picture):
     (predict.folder / "x.png").write_bytes(picture)
 
@@ -214,7 +215,6 @@ def test_csv_holds_what_json_holds(predict, picture, bundled):
     assert [row["refer"] for row in table] == ["true", "true"] and table[1]["error"] == rows[1]["error"]
 
 
-@pytest.mark.slow
 def test_a_file_is_written_whole_and_said(predict, picture):
     (predict.folder / "a.png").write_bytes(picture)
     plain = predict("a.png", "--json").stdout

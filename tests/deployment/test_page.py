@@ -22,6 +22,8 @@ from zoo.deployment.card import card_text
 from zoo.deployment.facts import CardFacts
 from zoo.files import home
 
+pytestmark = pytest.mark.slow  # processes and servers of their own
+
 api = pytest.importorskip("playwright.sync_api")
 api.expect.set_options(timeout=60_000)  # two cores may be shared by many
 
@@ -170,7 +172,6 @@ def _answer(address: str, image: Path, model: str | None = None) -> dict[str, An
     return dict(found["predictions"][0])
 
 
-@pytest.mark.slow
 def test_a_chosen_image_is_answered_as_the_server_says_and_its_name_stays_here(tab, address, image):
     tab.give(image)
     said, page = _answer(address, image), tab.page
@@ -363,7 +364,6 @@ def test_an_answer_of_a_medical_model_warns_whatever_model_is_chosen(tab, image)
     assert page.locator("#device").is_visible()
 
 
-@pytest.mark.slow
 def test_only_so_many_images_are_kept(tab, image):
     tab.page.dispatch_event("body", "drop", {"dataTransfer": _transfer(tab.page, [("x.png", image.read_bytes())] * 27)})
     api.expect(tab.page.locator("#history li .name").first).to_have_text(re.compile("^27"))
@@ -441,7 +441,6 @@ def test_waiting_can_be_stopped_and_a_server_that_left_is_said(tab, image):
     tab.said.clear()
 
 
-@pytest.mark.slow
 def test_the_token_is_asked_for_and_kept_in_memory_alone(browser, guarded, image):
     tab = Tab(browser, guarded)
     page = tab.page

@@ -53,6 +53,7 @@ def test_on_real_digits(digits):
         assert row["test_top1_ci"][0] < row["test_top1"] < row["test_top1_ci"][1]
 
 
+@pytest.mark.slow
 def test_the_same_images_give_the_same_rows_in_any_layout(digits):
     images, y = digits
     rows = floors(images, y, 1600)

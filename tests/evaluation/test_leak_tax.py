@@ -15,6 +15,7 @@ def scans(patients: int = 40, slices: int = 10, seed: int = 0):
     return small.astype(np.uint8), np.repeat(np.arange(patients) % 2, slices), groups
 
 
+@pytest.mark.slow
 def test_the_tax_is_the_difference_between_a_random_split_and_one_by_patient():
     small, y_true, groups = scans()
     splits = np.where(np.arange(len(y_true)) % 4 == 0, "test", "train")

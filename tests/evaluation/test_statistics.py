@@ -296,6 +296,7 @@ def test_the_order_of_the_samples_does_not_matter():
     assert straight == turned
 
 
+@pytest.mark.slow
 def test_under_no_difference_few_pairs_are_told_apart():
     false = 0
     for number in range(150):

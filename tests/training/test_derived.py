@@ -137,6 +137,7 @@ def test_a_copy_that_a_full_disk_or_a_lost_file_breaks_is_said_and_leaves_no_par
         derived._copy(source, Run(tiny.runs / "run"))
 
 
+@pytest.mark.slow
 def test_a_copy_that_a_kill_cut_off_is_removed_when_the_run_is_made(tiny, make_recipe):
     recipe = make_recipe("net-tta", tta="flip")
     plan = make_plan(recipe, "tiny", 0, tiny)

@@ -553,6 +553,7 @@ def test_frozen_stages_run_once_where_images_do_not_change_and_nothing_else_does
     assert bits(train(broken, "tiny", 0, tiny)) == bits(kept)
 
 
+@pytest.mark.slow
 def test_frozen_stages_run_anew_where_the_disk_has_no_room_for_what_they_give_and_the_run_says_so(
     tiny, make_recipe, monkeypatch, full_disk
 ):

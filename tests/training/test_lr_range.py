@@ -61,6 +61,7 @@ def test_the_suggestion_trains_better_than_its_extremes(tiny, make_recipe):
     assert losses[found.suggested] < losses[HIGH / 10]
 
 
+@pytest.mark.slow
 def test_the_test_ends_where_the_loss_diverges(tiny, make_recipe):
     found = lr_range(
         make_plan(make_recipe(policy="none", **{"optimizer.name": "sgd", "momentum": 0.99}), "tiny", 0, tiny)

@@ -110,6 +110,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", KINDS)
 def test_scoring_that_memory_does_not_suffice_for_takes_fewer_images_and_trains_nothing_again(
     tiny, make_recipe, hungry, more, monkeypatch
@@ -140,6 +141,7 @@ def test_scoring_that_memory_does_not_suffice_for_takes_fewer_images_and_trains_
             np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["full", "linear-probe"])
 def test_an_image_that_memory_does_not_suffice_for_is_said_at_once(tiny, make_recipe, hungry, strategy):
     hungry.most = 0

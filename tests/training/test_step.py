@@ -166,6 +166,7 @@ def narrow():
     Narrow.most = 100
 
 
+@pytest.mark.slow
 def test_where_batch_norm_needs_more_images_than_memory_suffices_for_that_is_said(tiny, make_recipe, narrow):
     narrow.most = 1
     with pytest.raises(

@@ -21,6 +21,8 @@ from zoo.deployment.server.gate import Token
 from zoo.deployment.server.process import bind, listen
 from zoo.errors import ZooError
 
+pytestmark = pytest.mark.slow  # processes and servers of their own
+
 TOKEN = "a-token-of-the-tests-0123456789"
 
 
@@ -67,7 +69,6 @@ def queued(server):
     return float(next(line for line in text.splitlines() if line.startswith("zoo_queue_images ")).split()[1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_answers_what_is_in_flight_and_takes_nothing_new(odd, picture, how):
     server = odd(seconds_an_image=0.5, limits={"batch_images": 1})
@@ -107,7 +108,6 @@ def test_idle_connections_do_not_hold_up_the_end(odd):
         each.close()
 
 
-@pytest.mark.slow
 def test_what_takes_longer_than_the_grace_ends_with_an_error(odd, picture):
     server = odd(seconds_an_image=4, limits={"batch_images": 1, "grace_s": 1})
     threads, _answers = ask_in_threads(server, picture(), 1)
@@ -131,7 +131,6 @@ def test_a_second_signal_waits_for_nobody(odd, picture):
         each.join()
 
 
-@pytest.mark.slow
 def test_a_full_queue_sends_away_at_once(odd, picture):
     server = odd(seconds_an_image=5, limits={"batch_images": 1, "queue_images": 2})
     threads, answers = ask_in_threads(server, picture(), 2)
@@ -144,7 +143,6 @@ def test_a_full_queue_sends_away_at_once(odd, picture):
     assert [status for status, _, _ in answers] == [200, 200]
 
 
-@pytest.mark.slow
 def test_a_request_that_waits_too_long_is_told_so_and_its_place_comes_free(odd, picture):
     server = odd(seconds_an_image=1.5, limits={"batch_images": 1, "queue_images": 4, "deadline_s": 0.5})
     status, headers, found = server.predict(picture())
@@ -153,7 +151,6 @@ def test_a_request_that_waits_too_long_is_told_so_and_its_place_comes_free(odd, 
     until(lambda: queued(server) == 0)
 
 
-@pytest.mark.slow
 def test_a_client_that_left_is_not_computed_for(odd, picture):
     server, data = odd(seconds_an_image=0.5, limits={"batch_images": 1, "queue_images": 20}), picture()
     sockets = [server.connect() for _ in range(12)]
@@ -167,7 +164,6 @@ def test_a_client_that_left_is_not_computed_for(odd, picture):
     assert float(next(each for each in lines if each.startswith("zoo_batch_images_sum")).split()[1]) < 10
 
 
-@pytest.mark.slow
 def test_images_of_several_requests_are_computed_together(odd, picture):
     server = odd(seconds_an_image=0.3)
     threads, answers = ask_in_threads(server, picture(), 9)
@@ -179,7 +175,6 @@ def test_images_of_several_requests_are_computed_together(odd, picture):
     assert batches < 9
 
 
-@pytest.mark.slow
 def test_a_fault_of_the_network_is_a_500_without_its_words(odd, picture):
     server = odd(fails=True)
     status, _, found = server.predict(picture())
@@ -192,7 +187,6 @@ def test_a_fault_of_the_network_is_a_500_without_its_words(odd, picture):
 # What it costs, and what it leaves behind ------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_an_image_of_a_gigapixel_is_refused_before_it_is_decoded(start, bundle_folder, picture):
     server = start(str(bundle_folder))
     data = huge_png(32000)
@@ -219,7 +213,6 @@ def test_the_server_needs_no_torch(bundle_folder, tmp_path):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.slow
 def test_nothing_of_what_is_sent_is_written_down(start, bundle_folder, tmp_path, picture):
     empty = tmp_path / "tmp"
     empty.mkdir()

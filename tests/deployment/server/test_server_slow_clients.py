@@ -9,6 +9,8 @@ import time
 import pytest
 from live_server import answer_in, heard, status_from
 
+pytestmark = pytest.mark.slow  # processes and servers of their own
+
 HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
 QUICK = {"header_s": 2, "body_s": 2, "idle_s": 2, "bytes_per_s": 1000, "write_s": 2, "body_longest_s": 6}
 
@@ -49,7 +51,6 @@ class Dribbler(threading.Thread):
                     continue
 
 
-@pytest.mark.slow
 def test_600_slow_clients_are_closed_and_keep_nobody_waiting(odd, picture):
     server = odd(limits=QUICK)
     silent = [server.connect() for _ in range(300)]
@@ -76,7 +77,6 @@ def test_600_slow_clients_are_closed_and_keep_nobody_waiting(odd, picture):
         each.close()
 
 
-@pytest.mark.slow
 def test_a_slow_head_and_a_slow_body_are_told_408(odd):
     server = odd(limits=QUICK)
     for sent in (
@@ -90,7 +90,6 @@ def test_a_slow_head_and_a_slow_body_are_told_408(odd):
         assert json.loads(answer.rpartition(b"\r\n\r\n")[2]) == {"error": "too slow; the connection is closed"}
 
 
-@pytest.mark.slow
 def test_an_honest_slow_body_is_answered(odd, picture):
     server, data = odd(limits=QUICK), picture(size=(60, 40))
     assert len(data) > 6000
@@ -102,7 +101,6 @@ def test_an_honest_slow_body_is_answered(odd, picture):
         assert heard(sock).startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.slow
 def test_a_kept_connection_serves_again_and_is_closed_when_idle(odd, picture):
     server, data = odd(limits=QUICK), picture()
     with server.connect() as sock:
@@ -114,7 +112,6 @@ def test_a_kept_connection_serves_again_and_is_closed_when_idle(odd, picture):
         assert sock.recv(1) == b""
 
 
-@pytest.mark.slow
 def test_a_long_answer_is_not_cut_off_by_the_deadlines_of_reading(odd, picture):
     server = odd(limits=QUICK, seconds_an_image=5)
     assert server.predict(picture())[0] == 200
@@ -140,7 +137,6 @@ def test_a_client_that_does_not_read_is_closed(odd):
     sock.close()
 
 
-@pytest.mark.slow
 def test_the_rest_of_a_body_that_was_refused_is_not_waited_for(odd):
     server = odd()
     with server.connect() as sock:
@@ -154,7 +150,6 @@ def test_the_rest_of_a_body_that_was_refused_is_not_waited_for(odd):
             raise AssertionError("the connection is still open")
 
 
-@pytest.mark.slow
 def test_in_a_crowd_the_oldest_silent_connection_has_to_go(odd, picture):
     server = odd(limits={"connections": 20})
     silent = [server.connect() for _ in range(40)]
@@ -181,7 +176,6 @@ def test_what_is_no_http_is_refused_without_repeating_it(odd):
     assert "SECRET" not in server.log and "Traceback" not in server.log
 
 
-@pytest.mark.slow
 def test_500_clients_hear_200_or_when_to_come_again(odd, picture):
     server, data = odd(seconds_an_image=0.005), picture()
     request = HEAD + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
