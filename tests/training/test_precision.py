@@ -17,6 +17,7 @@ from zoo.training.plan import make_plan
 from zoo.training.precision import (
     PrecisionPlan,
     begun_plan,
+    candidates,
     choose_device,
     choose_plan,
     choose_workers,
@@ -136,7 +137,29 @@ def test_the_fastest_plan_that_keeps_the_loss_is_taken_and_the_usual_one_unless_
 def test_a_hopeless_plan_is_tried_once():
     steps, asked = pretended({"float32-channels-last": 1.0, "float32-nchw": 1.2, "bf16-channels-last": 5.0})
     measured_plan(steps, [FLOAT, FLOAT_NCHW, BF16], 32)
-    assert asked.count("bf16-channels-last") == 1 and asked.count("float32-nchw") == 3
+    # Of all but the first, one step alone comes before.
+    assert asked.count("bf16-channels-last") == 1 + 1 and asked.count("float32-nchw") == 1 + 3
+
+
+def test_a_plan_that_is_stuck_makes_one_step():
+    asked = []
+
+    def steps(plan, count):
+        asked.append((plan, count))
+        return [(11.0 if plan == BF16 else 0.1, 1.0)] * count
+
+    found = measured_plan(steps, [FLOAT, BF16, FLOAT_NCHW], 32)
+    assert [count for plan, count in asked if plan == BF16] == [1]
+    assert len([plan for plan, _ in asked if plan == FLOAT_NCHW]) == 1 + 3
+    assert found == FLOAT and found.measured["bf16-channels-last"] == pytest.approx(32 / 11, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "known"), [({"avx512_fp16", "avx512f"}, False), ({"amx_fp16"}, True), ({"fphp"}, True), (set(), False)]
+)
+def test_fp16_is_tried_where_a_processor_has_its_gradients_too(monkeypatch, flags, known):
+    monkeypatch.setattr("zoo.training.precision.cpu_flags", lambda: flags)
+    assert ("fp16-channels-last" in [plan.name for plan in candidates(CPU)]) == known
 
 
 def test_compiling_is_tried_for_long_runs_and_taken_where_it_saves_more_than_it_costs():

@@ -28,6 +28,7 @@ _TIMED_STEPS = 2
 _MOST_TIMED_STEPS = 10
 _TIMED_S = 0.5  # of fast steps so many that one of them, at least, is not disturbed by the machine's other work
 _HOPELESS = 2.5  # times the fastest; such a plan is not measured again
+_STUCK, _STUCK_S = 20, 2.0  # times the fastest, and seconds, of a first step after which there is no second
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -139,7 +140,8 @@ def choose_plan(wanted: str, device: torch.device) -> PrecisionPlan:
     return PrecisionPlan(dtype, "-nchw" not in wanted, "-compile" in wanted, source="forced")
 
 
-_FP16_UNITS = {"avx512_fp16", "amx_fp16", "fphp"}
+# avx512_fp16 alone is none: torch has no gradients of convolutions for it, which then take 300 times as long.
+_FP16_UNITS = {"amx_fp16", "fphp"}
 
 
 def cpu_flags() -> set[str]:
@@ -182,6 +184,8 @@ def measured_plan(
             best = min((min(each) for each in times.values() if each), default=math.inf)
             if plan in losses and (not times[plan] or min(times[plan]) > _HOPELESS * best):
                 continue
+            if plan not in losses and _is_stuck(plan, steps, best, times, losses):
+                continue
             enough = 0 if math.isinf(best) else min(_MOST_TIMED_STEPS, math.ceil(_TIMED_S / max(best, 1e-6)))
             found = _tried(steps, plan, max(_TIMED_STEPS, enough))
             losses[plan] = [loss for _, loss in found]
@@ -195,6 +199,21 @@ def measured_plan(
     if seconds_left is None or not times[chosen] or seconds_left(min(times[chosen])) < LONG_RUN_S:
         return chosen
     return _maybe_compiled(steps, chosen, min(times[chosen]), images, seconds_left, losses[plans[0]])
+
+
+def _is_stuck(
+    plan: PrecisionPlan,
+    steps: Callable[[PrecisionPlan, int], list[tuple[float, float]]],
+    best: float,
+    times: dict[PrecisionPlan, list[float]],
+    losses: dict[PrecisionPlan, list[float]],
+) -> bool:
+    """Return whether a plan's first step took so long that it is not worth a second; it is then noted."""
+    found = [] if math.isinf(best) else _tried(steps, plan, 0)
+    if not found or found[0][0] <= max(_STUCK * best, _STUCK_S):
+        return False
+    times[plan], losses[plan] = [found[0][0]], [found[0][1]]
+    return True
 
 
 def _tried(
