@@ -8,7 +8,7 @@ import pytest
 
 from zoo.files import builtin_folder
 from zoo.recipe import parse_recipe
-from zoo.recipe.effects import NEEDS, effect_notes
+from zoo.recipe.effects import NEEDS, effect_notes, value_of
 
 PROBE = {"finetune.strategy": "linear-probe", "augment.policy": "none"}
 FILES = sorted(builtin_folder("recipes").glob("*.toml"))
@@ -71,7 +71,8 @@ def test_every_need_names_a_value_that_a_recipe_may_have(key):
     need = NEEDS[key]
     for value in need.allowed:
         policy = {"augment.policy": "none"} if value == "linear-probe" else {}
-        parse_recipe({"model": {"name": "simple_cnn"}}, "r", {need.key: value, **policy})
+        recipe = parse_recipe({"model": {"name": "simple_cnn"}}, "r", {need.key: value, **policy})
+        assert value_of(recipe, need.key) == value
 
 
 def test_a_cut_warm_up_is_named_with_its_phase():

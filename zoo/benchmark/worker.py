@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import queue
 import select
@@ -24,7 +23,8 @@ from zoo.files import write_text
 from zoo.models.spec import load_plugins
 from zoo.runs import Run, RunRecord
 from zoo.training.loop import OnTick, Tick, train_plan
-from zoo.training.plan import Plan, finished_run
+from zoo.training.memory import give_back
+from zoo.training.plan import Plan
 from zoo.training.scoring import evaluate
 
 ORPHAN_S = 12.0  # for a process whose parent is gone
@@ -43,8 +43,9 @@ class Outcome:
 def train_and_score(plan: Plan, bad_images: str | None, on_tick: OnTick | None) -> Outcome:
     """Train a run and score it on test; whatever fails is a failed record, and Interrupted is raised."""
     try:
-        state = "reused" if finished_run(plan) is not None else "finished"
+        before = plan.run.record if plan.run.finished else None
         run = train_plan(plan, on_tick)
+        state = "reused" if run.record == before else "finished"
         try:
             metrics = evaluate(run, "test", plan.home, bad_images=bad_images)
         except (Interrupted, ZooError):
@@ -57,7 +58,7 @@ def train_and_score(plan: Plan, bad_images: str | None, on_tick: OnTick | None) 
         raise
     except ZooError as error:
         said = str(error)
-    _free_memory()
+    give_back()  # so that the next run has it
     return Outcome(plan.record("failed", said), "failed", said)
 
 
@@ -70,13 +71,6 @@ def _scoring_failed(run: Run, error: Exception) -> str:
     except ZooError:
         return f"{said}; its traceback cannot be written"
     return f"{said}; the traceback is in {str(file)!r}"
-
-
-def _free_memory() -> None:
-    """Give back what a run that failed has held, so that the next one has it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class _Stopped(KeyboardInterrupt):

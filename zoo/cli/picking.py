@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,7 +50,7 @@ def pick(
     """Choose what to deploy: what keeps the limits, is not worse than the best on val, and costs the least."""
     from zoo.benchmark.picking import Wish, outcome
     from zoo.cli.screen import bars, print_json
-    from zoo.errors import ZooError, one_line
+    from zoo.errors import ZooError
     from zoo.files import home as home_of
     from zoo.reporting.pick import parse_minimums
 
@@ -57,8 +58,7 @@ def pick(
         max_latency_ms, max_size_mb, max_memory_mb, parse_minimums(min_ or []), margin, metric, cost, percentile
     )
     root = home_of()
-    if figure is not None and (figure.suffix.lower() != ".png" or figure.is_dir()):  # before the look at test
-        raise ZooError(f"--figure must be a file that ends in .png. Got {one_line(figure)!r}")
+    _check_figure(figure)  # before the look at test
     with bars(quiet=json) as shown:
 
         def progress(what: str, done: int, total: int) -> None:
@@ -79,6 +79,14 @@ def pick(
         raise fault
     if found.pick is None:
         raise ZooError(found.failure() if json else found.document["reason"])
+
+
+def _check_figure(figure: Path | None) -> None:
+    from zoo.errors import ZooError, one_line
+
+    # os.path's, for Path's raises where a folder above may not be entered
+    if figure is not None and (figure.suffix.lower() != ".png" or os.path.isdir(figure)):  # noqa: PTH112
+        raise ZooError(f"--figure must be a file that ends in .png. Got {one_line(figure)!r}")
 
 
 _HEADS = ("bundle", "val", "95% CI", "p50 ms", "p95 ms", "p99 ms", "images/s", "MB", "memory MB", "what of it")

@@ -309,8 +309,7 @@ class Predictor:
                 images[number] = prepared
         sources = dict(numbered)
         if images:
-            pixels = list(images.values())
-            logits = _in_parts(lambda part: self.logits(pixels[part])[0], len(pixels))
+            logits = _in_parts(lambda part: self.logits(part)[0], list(images.values()))
             for number, row in zip(images, logits, strict=True):
                 found[number] = self._prediction(sources[number], row)
         good = {number: found[number] for number in images if found[number].error is None}
@@ -335,9 +334,6 @@ class Predictor:
             answer.points,
         )
 
-    def _shown(self, batch: Pixels, targets: Sequence[int]) -> Callable[[slice], Pixels]:
-        return lambda part: self.explain(batch[part], targets[part])
-
     def _write_explanations(
         self, rows: dict[int, Prediction], images: dict[int, Pixels], folder: Path
     ) -> dict[int, str]:
@@ -348,7 +344,7 @@ class Predictor:
             part = numbers[start : start + _EXPLAINED]
             targets = [self.classes.index(rows[each].label or "") for each in part]
             batch = np.stack([center_crop(images[each], size) for each in part])
-            pictures = _in_parts(self._shown(batch, targets), len(part))
+            pictures = _in_parts(self.explain, batch, targets)
             for number, picture in zip(part, pictures, strict=True):
                 name = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(rows[number].path).stem)[:60]
                 target = folder / f"{number:05d}-{name}.png"
@@ -358,18 +354,19 @@ class Predictor:
         return found
 
 
-def _in_parts(compute: Callable[[slice], Any], count: int, start: int = 0) -> Any:
-    """Return what the network computes of `count` images; of fewer at once where they are too many for the memory."""
+def _in_parts(compute: Callable[..., Any], *rows: Any) -> Any:
+    """Return what the network computes of rows, all as long; of fewer at once where memory does not suffice."""
+    count = len(rows[0])
     try:
-        return compute(slice(start, start + count))
+        return compute(*rows)
     except ZooError:
         raise
     except Exception as error:  # each runtime has kinds of its own, and may call want of memory a plain failure
         if count == 1:
             why = one_line(error, 160) or type(error).__name__
             raise ZooError(f"the network fails on one image: {why}; free memory, or export the bundle again") from error
-    half = count // 2
-    return np.concatenate([_in_parts(compute, half, start), _in_parts(compute, count - half, start + half)])
+    halves = slice(count // 2), slice(count // 2, None)
+    return np.concatenate([_in_parts(compute, *(each[half] for each in rows)) for half in halves])
 
 
 def _failed(source: Source, reason: str) -> Prediction:

@@ -17,7 +17,7 @@ from zoo.reporting.comparison import Comparison
 from zoo.reporting.findings import findings
 from zoo.reporting.html import render
 from zoo.reporting.sample_parts import classes_part, errors_part, ranking_part
-from zoo.reporting.tables import cells, floor_cells, legend, pair_cells, pairs_legend, title
+from zoo.reporting.tables import cells, fact_text, floor_cells, legend, pair_cells, pairs_legend, title
 
 
 def write_report(file: Path, material: Material) -> Path:
@@ -189,8 +189,8 @@ def _facts(material: Material) -> list[tuple[str, str]]:
         ("dataset", comparison.dataset),
         ("split digest", comparison.split_digest),
         ("classes", ", ".join(comparison.classes)),
-        ("device", str(environment["device"])),
-        ("precision", str(environment["precision"])),
-        ("threads", str(environment["threads"])),
+        ("device", fact_text(environment["device"])),
+        ("precision", fact_text(environment["precision"])),
+        ("threads", fact_text(environment["threads"])),
     ]
-    return known + [(name, str(version)) for name, version in environment["versions"].items()]
+    return known + [(name, fact_text(version)) for name, version in environment["versions"].items()]

@@ -17,6 +17,15 @@ from zoo.reporting.comparison import Comparison
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
+def fact_text(fact: Any) -> str:
+    """Return what runs were computed with in words, all of it where they differ.
+
+    >>> fact_text(["bf16", "float32"]), fact_text("cpu"), fact_text(2)
+    ('bf16 and float32', 'cpu', '2')
+    """
+    return " and ".join(map(str, fact)) if isinstance(fact, list) else str(fact)
+
+
 _HEADS = {
     "top1": "top1",
     "balanced_accuracy": "balanced acc.",
@@ -114,11 +123,9 @@ def to_markdown(comparison: Comparison) -> str:
         f"- Note: {markdown_text(note)}" for note in comparison.notes
     ]
     facts = comparison.environment
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    lines += [
-        f"- Computed on {markdown_text(facts['device'])}; precision {markdown_text(facts['precision'])}; {versions}",
-        "",
-    ]
+    versions = ", ".join(f"{name} {fact_text(number)}" for name, number in facts["versions"].items())
+    device, precision = (markdown_text(fact_text(facts[key])) for key in ("device", "precision"))
+    lines += [f"- Computed on {device}; precision {precision}; {versions}", ""]
     if comparison.pairs:
         pairs = [pair_cells(pair) for pair in comparison.pairs]
         heads = list(pairs[0])

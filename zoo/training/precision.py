@@ -184,7 +184,8 @@ def measured_plan(
             best = min((min(each) for each in times.values() if each), default=math.inf)
             if plan in losses and (not times[plan] or min(times[plan]) > _HOPELESS * best):
                 continue
-            if plan not in losses and _is_stuck(plan, steps, best, times, losses):
+            if plan not in losses and (stuck := _stuck_step(plan, steps, best)):
+                times[plan], losses[plan] = [stuck[0]], [stuck[1]]
                 continue
             enough = 0 if math.isinf(best) else min(_MOST_TIMED_STEPS, math.ceil(_TIMED_S / max(best, 1e-6)))
             found = _tried(steps, plan, max(_TIMED_STEPS, enough))
@@ -201,19 +202,12 @@ def measured_plan(
     return _maybe_compiled(steps, chosen, min(times[chosen]), images, seconds_left, losses[plans[0]])
 
 
-def _is_stuck(
-    plan: PrecisionPlan,
-    steps: Callable[[PrecisionPlan, int], list[tuple[float, float]]],
-    best: float,
-    times: dict[PrecisionPlan, list[float]],
-    losses: dict[PrecisionPlan, list[float]],
-) -> bool:
-    """Return whether a plan's first step took so long that it is not worth a second; it is then noted."""
+def _stuck_step(
+    plan: PrecisionPlan, steps: Callable[[PrecisionPlan, int], list[tuple[float, float]]], best: float
+) -> tuple[float, float] | None:
+    """Return seconds and loss of a plan's first step where it took so long that it is not worth a second."""
     found = [] if math.isinf(best) else _tried(steps, plan, 0)
-    if not found or found[0][0] <= max(_STUCK * best, _STUCK_S):
-        return False
-    times[plan], losses[plan] = [found[0][0]], [found[0][1]]
-    return True
+    return found[0] if found and found[0][0] > max(_STUCK * best, _STUCK_S) else None
 
 
 def _tried(
