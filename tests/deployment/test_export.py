@@ -16,6 +16,7 @@ from zoo.data.transforms import normalise
 from zoo.deployment import export as exporting
 from zoo.deployment.bundle import SUMS, open_bundle
 from zoo.deployment.export import export
+from zoo.deployment.placing import sha256_of
 from zoo.deployment.predictor import Predictor
 from zoo.deployment.runtime import Session
 from zoo.errors import ZooError
@@ -317,7 +318,7 @@ def test_a_signal_in_the_middle_leaves_nothing(trained, run, number, code):
 
 @pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_by_the_next(trained, run):
-    stale = trained.bundles / f".new-{exporting.sha256_of(f'{run.name}--onnx-float32')}-abc"
+    stale = trained.bundles / f".new-{sha256_of(f'{run.name}--onnx-float32')}-abc"
     stale.mkdir(parents=True)
     (stale / "model.onnx").write_bytes(b"half")
     foreign = trained.bundles / ".new-of-another"

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,7 +20,6 @@ from zoo.deployment.bundle import (
     MODEL_FILES,
     PRECISIONS,
     SAMPLE,
-    SUMS,
     Bundle,
     BundleRecord,
     Sample,
@@ -43,6 +38,7 @@ from zoo.deployment.parity import (
     judge,
     reference_predictions,
 )
+from zoo.deployment.placing import making, put_in_place, same_bundle, staged
 from zoo.deployment.predictor import prepare
 from zoo.deployment.quantise import Calibration, half_onnx, int8_onnx, int8_openvino
 from zoo.deployment.rules import fit_rules
@@ -52,7 +48,7 @@ from zoo.errors import ZooError, nearest, one_line
 from zoo.evaluation.metrics import compute_metrics, negative_index
 from zoo.evaluation.predictions import Predictions, write_predictions
 from zoo.evaluation.statistics import affordable_metrics, metric_intervals
-from zoo.files import Home, check_name, home, write_error, write_json
+from zoo.files import Home, check_name, home, write_json
 from zoo.runs import Preprocessing, Run, RunRecord, find_run
 from zoo.training.interruption import Interruption
 from zoo.training.precision import set_threads
@@ -160,18 +156,18 @@ def export(
     if not replace:
         _check_target(job)
     set_threads()
-    with Interruption() as interruption, _lock(job), _staging(job) as folder:
+    with Interruption() as interruption, making(root, job.name), staged(root, job.name) as folder:
         if not replace:
             _check_target(job)  # again: another may have come first
         verdict, predictions = _make(job, folder, say)
         bundle = open_bundle(folder)
-        if _same(job.target, folder):
+        if same_bundle(job.target, folder):
             say(f"bundle {job.name!r} is there already, with the same content")
             _write_proof(job, bundle, verdict, predictions)
             return open_bundle(job.target)
         with interruption.step():
             _write_proof(job, bundle, verdict, predictions)
-            _put_in_place(folder, job.target)
+            put_in_place(folder, job.target)
         interruption.check()
     return open_bundle(job.target)
 
@@ -363,100 +359,6 @@ def sample_png() -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
-
-
-# Folders ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _lock(job: _Job) -> Iterator[None]:
-    """Let one process at a time make a bundle; the operating system frees the lock when its holder dies."""
-    from filelock import FileLock, Timeout
-
-    path = job.root.locks / f"export-{job.name}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise ZooError(f"bundle {job.name!r} is being made by another process; wait for it, or stop it") from None
-    except OSError as error:
-        raise write_error(path, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _staging(job: _Job) -> Iterator[Path]:
-    """Give a folder beside the bundle's place, gone in the end; what a killed process left of one is removed first."""
-    prefix = f".new-{sha256_of(job.name)}-"
-    try:
-        job.root.bundles.mkdir(parents=True, exist_ok=True)
-        for left in job.root.bundles.glob(f"{prefix}*"):
-            _remove(left)
-        folder = Path(tempfile.mkdtemp(dir=job.root.bundles, prefix=prefix))
-        folder.chmod(0o755)
-    except OSError as error:
-        raise write_error(job.target, error) from error
-    try:
-        yield folder
-    except OSError as error:
-        raise write_error(job.target, error) from error
-    finally:
-        _remove(folder)
-
-
-def sha256_of(text: str) -> str:
-    """Return twelve digits that stand for a name, which may be too long for a file's with something before it."""
-    from zoo.files import sha256_bytes
-
-    return sha256_bytes(text.encode())[:12]
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        with suppress(OSError):
-            path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _same(target: Path, folder: Path) -> bool:
-    """Return whether a whole bundle with the same content is there; the sums name every other file."""
-    try:
-        open_bundle(target)
-        return (target / SUMS).read_bytes() == (folder / SUMS).read_bytes()
-    except (ZooError, OSError):
-        return False
-
-
-def _put_in_place(folder: Path, target: Path) -> None:
-    """Put a folder in another's place, which lies where the first was, or is gone, when it returns."""
-    if not os.path.lexists(target):
-        folder.replace(target)
-    elif not _exchange(folder, target):
-        aside = folder.with_name(f"{folder.name}-old")
-        target.rename(aside)
-        try:
-            folder.replace(target)
-        except OSError:
-            aside.rename(target)
-            raise
-        _remove(aside)
-
-
-def _exchange(one: Path, two: Path) -> bool:
-    """Swap two folders in one step, so that there is no moment without either; False where the system cannot."""
-    import ctypes
-
-    try:
-        swap = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError, TypeError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return int(swap(here, os.fsencode(one), here, os.fsencode(two), exchange)) == 0
 
 
 def _write_proof(job: _Job, bundle: Bundle, verdict: dict[str, Any], predictions: Predictions) -> None:
