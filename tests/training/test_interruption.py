@@ -52,11 +52,22 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
-# A network whose steps take their time, and which notes them.
+# A network whose steps take their time, and which notes them; and a kill -9 at the moment at which a file that is
+# written whole, or half of it, is about to get its name.
 PLUGIN = """
-import os, time
+import os, signal, sys, time
+from pathlib import Path
 from torch import nn
 from zoo import register_model
+
+def die(event, arguments):
+    name = os.environ.get("DIES_WRITING")
+    if event == "os.rename" and name and Path(arguments[1]).name == name:
+        if os.environ["DIES_AT"] == "half":
+            os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(die)
 
 class Slow(nn.Module):
     def __init__(self, num_classes, width):
@@ -354,26 +365,12 @@ def test_a_run_killed_while_it_writes_its_results_ends_with_the_same_bits(launch
         for root in (many, other)
     )
     assert launcher.run(other, *command) == 0, launcher.err
-    aside = many.root / "aside"
     for name in ("weights.safetensors", "predictions-val.npz", "metrics-val.json", "run.json"):
-        for _ in range(20):  # a moment this short may pass unseen
-            if aside.exists():
-                shutil.rmtree(plan.run.path)
-                shutil.copytree(aside, plan.run.path)
-            launcher.start(many, *command)
-            caught: set[str] = set()
-            while not caught and not launcher.ended():
-                caught = {each for each in half_written(plan.run.path) if each.startswith(f".{name}.")}
-            os.kill(launcher.pid, signal.SIGKILL) if caught else None
-            code = launcher.wait()
-            if code == -signal.SIGKILL and not plan.run.finished:
-                break
-            assert code in (0, -signal.SIGKILL), launcher.err
-        else:
-            pytest.fail(f"never caught while it wrote {name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(plan.run.path, aside)
-    shutil.rmtree(aside)
+        for part in ("half", "whole"):
+            dies = {"DIES_WRITING": name, "DIES_AT": part}
+            assert launcher.run(many, *command, **dies) == -signal.SIGKILL, (name, part, launcher.err)
+            assert any(each.startswith(f".{name}.") for each in half_written(plan.run.path)), (name, part)
+            assert not plan.run.finished, (name, part)
     assert launcher.run(many, *command) == 0, launcher.err
     assert lasting(plan.run) == lasting(whole.run)
 
