@@ -130,7 +130,7 @@ class Forward:
 @contextmanager
 def clocks(parts: dict[str, float]) -> Iterator[None]:
     """Let the functions that a benchmark spends its time in add their seconds to parts; a part may hold another."""
-    from zoo.benchmark import executors, suite
+    from zoo.benchmark import suite, worker
     from zoo.data import cache
     from zoo.training import features, trainer
 
@@ -147,8 +147,8 @@ def clocks(parts: dict[str, float]) -> Iterator[None]:
 
     watched = [
         ("plan_s", suite, "_plan_all"),
-        ("train_s", executors, "train_plan"),
-        ("score_s", executors, "evaluate"),
+        ("train_s", worker, "train_plan"),
+        ("score_s", worker, "evaluate"),
         ("floors_s", suite, "dataset_floors"),
         ("compare_s", suite, "make_comparison"),
         ("write_s", suite, "write_results"),

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def alone(stage: str, folder: Path) -> dict[str, Any]:
     seen = Preprocessing(image_size=8, crop_pct=1.0, interpolation="bilinear", mean=half, std=half)
     pixels = open_pixels(dataset, "train", seen)
     batches = TrainBatches(pixels, _Crop(center_crop), 256, 0, 2, False).epoch(0)
-    images = sum(len(next(batches)[1]) for _ in range(16))
+    images = sum(len(labels) for _, labels, *_ in islice(batches, 16))
     return _measured(imports, started, rows=len(dataset.frame), cached=pixels.cached, images=images)
 
 
@@ -166,13 +167,15 @@ def measure(count: int, images: bool) -> list[dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for stage in stages:
             if stage == "splits and leaks":
-                subprocess.run([sys.executable, __file__, "--alone", "facts", folder], capture_output=True, check=True)
+                subprocess.run(
+                    [sys.executable, __file__, "--alone", "facts", folder], stdout=subprocess.PIPE, check=True
+                )
             if stage.startswith("no cache"):
                 for file in (Path(folder) / "data" / "big" / ".cache").glob("pixels-*.bin"):
                     file.unlink()
             given = {**os.environ, "ZOO_CACHE_GB": "0" if stage.startswith("no cache") else "50"}
             command = [sys.executable, __file__, "--alone", stage, folder]
-            done = subprocess.run(command, capture_output=True, check=True, env=given)
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=given)
             found[stage] = json.loads(done.stdout.splitlines()[-1])
     plain = found.pop("pandas")
     for stage, row in found.items():
