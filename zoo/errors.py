@@ -24,6 +24,14 @@ class ZooError(Exception):
         super().__init__(message)
 
 
+class Hindered(ZooError):
+    """What a run needs from outside is not there, or not as it must be, whatever its recipe says.
+
+    An image, a cache, a file of weights, a run to go on from, room on the disk; or another process is at the run. The
+    same command goes on once that is mended.
+    """
+
+
 class Interrupted(ZooError):
     """A run was stopped by a signal after its state was saved; the same command goes on."""
 

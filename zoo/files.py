@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import tomli_w
 
-from zoo.errors import ZooError, nearest, one_line
+from zoo.errors import Hindered, ZooError, nearest, one_line
 
 SCHEMA_VERSION = 1
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})  # a disk that takes no more
@@ -197,8 +197,8 @@ def remove_half_written(folder: Path, name: str = "*") -> None:
                 path.unlink()
 
 
-def write_error(path: Path, error: OSError) -> ZooError:
-    """Return the ZooError that says why path cannot be written and what to do."""
+def write_error(path: Path, error: OSError) -> Hindered:
+    """Return the error that says why path cannot be written and what to do."""
     fixes = {
         errno.ENOSPC: "free space on that disk, or work elsewhere with --home",
         errno.EDQUOT: "free space in your quota, or work elsewhere with --home",
@@ -206,7 +206,7 @@ def write_error(path: Path, error: OSError) -> ZooError:
         errno.EACCES: "choose a folder that can be written with --home",
     }
     reason = one_line(error.strerror or error)
-    return ZooError(f"cannot write {str(path)!r}: {reason}; {fixes.get(error.errno or 0, 'check the path')}")
+    return Hindered(f"cannot write {str(path)!r}: {reason}; {fixes.get(error.errno or 0, 'check the path')}")
 
 
 def check_writable(folder: Path, needed_bytes: int = 2 << 20) -> None:
@@ -283,7 +283,7 @@ def _read(path: Path, parse: Callable[[str], Any], kind: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ZooError(f"there is no file {str(path)!r}") from None
     except OSError as error:
-        raise ZooError(f"cannot read {str(path)!r}: {one_line(error.strerror or error)}") from error
+        raise Hindered(f"cannot read {str(path)!r}: {one_line(error.strerror or error)}") from error
     except (ValueError, RecursionError) as error:
         raise ZooError(f"{str(path)!r} is no valid {kind}: {one_line(error)}") from error
     if not isinstance(value, dict):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from zoo.errors import ZooError, nearest, one_line
+from zoo.errors import Hindered, ZooError, nearest, one_line
 from zoo.files import Home, home, read_json, remove_half_written, user_path, write_error, write_json
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def on_split(run: Run, split_digest: str) -> bool:
         return False  # `zoo list runs` names it
 
 
-class RunHeld(ZooError):
+class RunHeld(Hindered):
     """Another process is at a run: nothing has failed, and nothing of it is recorded."""
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from zoo.benchmark.study import Study
 from zoo.benchmark.tune import parse_duration, tune
 from zoo.data.manifest import load_dataset
 from zoo.data.sources import import_dataset
-from zoo.errors import Interrupted, ZooError
+from zoo.errors import Hindered, Interrupted, ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import read_predictions
 from zoo.files import read_json, read_toml, write_toml
@@ -389,6 +390,91 @@ def _reports(journal):
         entry = json.loads(line)
         if entry["op_code"] == 7:
             yield entry["trial_id"], entry["step"]
+
+
+def _image_gone(home, monkeypatch):
+    dataset = load_dataset("tiny", home)
+    image = dataset.image_path(dataset.of_split("train")["path"].iloc[0])
+    image.rename(home.root / "kept.png")
+    for file in dataset.folder.glob(".cache/pixels-*"):
+        file.unlink()
+    return lambda: (home.root / "kept.png").rename(image)
+
+
+def _weights_gone(home, monkeypatch):
+    file = home.root / "start.safetensors"
+    file.rename(home.root / "kept.safetensors")
+    return lambda: (home.root / "kept.safetensors").rename(file)
+
+
+def _folder_gone(home, monkeypatch):
+    folder = home.root / "weights"
+    folder.rename(home.root / "kept")
+    return lambda: (home.root / "kept").rename(folder)
+
+
+def _disk_full(home, monkeypatch):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # no file may grow: as a disk that takes no more
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="a disk is filled by a limit of POSIX")
+@pytest.mark.parametrize(
+    ("hinder", "said"),
+    [
+        (_image_gone, "of split 'train': gone; mend it, import the data again"),
+        (_weights_gone, "start.safetensors', and there is no such file"),
+        (_folder_gone, "ZOO_WEIGHTS must name a folder of weight files"),
+        (_disk_full, "cannot write"),
+    ],
+)
+def test_what_is_no_fault_of_a_trial_ends_the_study_and_leaves_the_trial_to_be_run(
+    trained, searched, monkeypatch, hinder, said
+):
+    run = next(run for run in zoo.list_runs(trained) if "--tiny--s0" in run.name)
+    shutil.copy(run.weights_file, trained.root / "start.safetensors")
+    (trained.root / "weights").mkdir()
+    monkeypatch.setenv("ZOO_WEIGHTS", str(trained.root / "weights"))
+    recipe = searched(epochs=1, model__weights="start.safetensors")
+    whole = tune(recipe, "tiny", 4, root=trained)
+    whole.folder.rename(trained.root / "away")
+    whole.file.unlink()
+    mend = []
+
+    def on_step(step):
+        if step.number == 2 and step.state == "begins" and not mend:
+            mend.append(hinder(trained, monkeypatch))
+
+    try:
+        with pytest.raises(Hindered) as error:
+            tune(recipe, "tiny", 4, root=trained, on_step=on_step)
+    finally:
+        mend[0]()
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).endswith("; once that is mended the study goes on with the same command")
+    study = Study(whole.folder, space_of(recipe), 0, "halving")
+    assert [row["state"] for row in study.rows()] == ["complete", "running"]
+    claim = study.claim(4)
+    # However often it is hindered, no process has died of it; a full disk takes no note of that either.
+    assert (claim.number, claim.deaths) == (1, int(hinder is _disk_full))
+    claim.release()
+    again = tune(recipe, "tiny", 4, root=trained)
+    assert lasting(again.trials) == lasting(whole.trials)
+
+
+@pytest.mark.slow
+def test_images_that_are_gone_end_all_processes_and_no_trial(tiny, searched, monkeypatch):
+    recipe = searched(epochs=1)
+    mend = _image_gone(tiny, monkeypatch)
+    with pytest.raises(Hindered, match=r"of split 'train': gone; .* the study goes on with the same command$"):
+        tune(recipe, "tiny", 3, root=tiny, jobs=2)
+    mend()
+    found = tune(recipe, "tiny", 3, root=tiny)
+    assert {row["state"] for row in found.trials} == {"complete"}
 
 
 @pytest.mark.slow

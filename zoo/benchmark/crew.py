@@ -33,7 +33,7 @@ def work_side_by_side(job: Job, study: Study, jobs: int, deadline: float | None,
     """
     context = multiprocessing.get_context("spawn")
     channels: dict[Connection, Any] = {}
-    said: list[str] = []
+    said: list[ZooError] = []
     try:
         for number in range(jobs):
             mine, theirs = context.Pipe()
@@ -48,11 +48,13 @@ def work_side_by_side(job: Job, study: Study, jobs: int, deadline: float | None,
         _stop(channels)
     codes = [process.exitcode for process in channels.values()]
     if study.ended() < job.trials and (said or all(codes)):
+        if said:
+            raise said[0]
         died = f"every process that worked on the study died (exit codes {', '.join(map(str, codes))})"
-        raise ZooError(said[0] if said else f"{died}; the same command goes on")
+        raise ZooError(f"{died}; the same command goes on")
 
 
-def _listen(study: Study, channels: dict[Connection, Any], on_tick: OnTick, tell: OnStep, said: list[str]) -> None:
+def _listen(study: Study, channels: dict[Connection, Any], on_tick: OnTick, tell: OnStep, said: list[ZooError]) -> None:
     """Show what the processes tell until the last has ended; note in which trial one died."""
     trials: dict[Connection, int] = {}
     while channels:
@@ -149,7 +151,7 @@ def _work(job: Job, seconds: float | None, channel: Connection) -> None:
         return
     except ZooError as error:
         with suppress(OSError):
-            channel.send(("error", str(error)))
+            channel.send(("error", error))
         raise SystemExit(1) from None
 
 

@@ -6,6 +6,7 @@ import gc
 import math
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 from zoo.benchmark.executors import OnStep, Step
 from zoo.benchmark.study import MOST_DEATHS, Claim, Study
 from zoo.data.manifest import Dataset
-from zoo.errors import Interrupted, ZooError
-from zoo.files import Home
+from zoo.errors import Hindered, Interrupted, ZooError
+from zoo.files import Home, write_error
 from zoo.recipe import Recipe
 from zoo.training.loop import OnTick, StopRun, train_plan
 from zoo.training.plan import Plan, make_plan
@@ -73,7 +74,23 @@ class _Trial:
         self.on_step(Step(self.claim.number + 1, self.job.trials, self.label, state, detail))
 
     def run(self) -> None:
-        """Train it, and end it as complete, pruned or failed; an interrupted one stays as it is."""
+        """Train it, and end it as complete, pruned or failed; an interrupted or hindered one stays as it is.
+
+        Raises Interrupted, and Hindered for what is no fault of the trial: an image that is gone, a full disk, ...
+        """
+        try:
+            self._run()
+        except (Hindered, OSError) as error:  # OSError: of the journal
+            with suppress(OSError):
+                self._leave()
+            said = error if isinstance(error, Hindered) else write_error(self.study.folder, error)
+            raise Hindered(f"{said}; once that is mended the study goes on with the same command") from error
+
+    def _leave(self) -> None:
+        """Note of a trial that goes on later how long it took, and that its process did not die of it."""
+        self.study.note(self.claim.number, seconds=self._seconds(), died=[-1, len(self.seen)])
+
+    def _run(self) -> None:
         study, number = self.study, self.claim.number
         self.tell("begins")
         if self.claim.deaths >= MOST_DEATHS:
@@ -92,11 +109,11 @@ class _Trial:
         except StopRun:
             self._end("pruned", reason=f"not among the best after epoch {max(self.seen)}")
         except Interrupted:
-            study.note(number, seconds=self._seconds(), died=[-1, len(self.seen)])
+            self._leave()
+            raise
+        except Hindered:
             raise
         except ZooError as error:
-            if isinstance(error.__cause__, OSError):
-                raise  # a full disk or an image that is gone is no fault of the trial, which goes on once it is mended
             self._end("failed", reason=str(error))
             gc.collect()  # of a trial that was out of memory
 

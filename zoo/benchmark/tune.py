@@ -50,8 +50,9 @@ def tune(
     name: of the recipe to write; left out, `<recipe>-tuned`.
 
     The study lies in `models/tune/<dataset>--<recipe>--<digest8>/`; the same call goes on after an interruption or a
-    kill. The test split is never opened. Raises ZooError, before any work, for a wrong space or argument; where every
-    trial failed; and Interrupted after Ctrl-C.
+    kill. The test split is never opened. Raises ZooError, before any work, for a wrong space or argument, and where
+    every trial failed; Hindered where an image, weights or room on the disk are gone, which fails no trial; and
+    Interrupted after Ctrl-C. After both the same call goes on.
     """
     root = root or home()
     need_optuna()

@@ -18,7 +18,7 @@ from zoo.data.decode import MAX_ASPECT, BadImage, decode, read_header, resize
 from zoo.data.manifest import Dataset, map_files
 from zoo.data.room import building, cache_limit, make_room, open_in_use
 from zoo.data.window import windowing_of
-from zoo.errors import ZooError, one_line
+from zoo.errors import Hindered, ZooError, one_line
 from zoo.files import atomic_writer, digest_of, sha256_bytes, sha256_file
 from zoo.runs import Preprocessing
 
@@ -48,9 +48,9 @@ class Source:
         """Return where an image lies."""
         return os.path.join(self.root, self.paths[index])  # noqa: PTH118 (a million Paths take a gigabyte)
 
-    def fault(self, index: int, reason: str) -> ZooError:
+    def fault(self, index: int, reason: str) -> Hindered:
         """Return the error that names an image which cannot be used."""
-        return ZooError(
+        return Hindered(
             f"image {one_line(Path(self.file(index)))!r} of split {self.split!r}: {reason}; mend it, import the data "
             "again, or leave such images out with --bad-images skip"
         )
@@ -61,7 +61,7 @@ class Pixels:
     """The readable images of one split: uint8 RGB, the shorter side resized, the aspect kept.
 
     `pixels[i]` is a read-only array of shape (height, width, 3); where the cache has no room for the split it is
-    decoded at that moment, and a ZooError names an image that is gone or changed by then. sample_ids, groups: (N,) str
+    decoded at that moment, and Hindered names an image that is gone or changed by then. sample_ids, groups: (N,) str
     objects. y_true: (N,) int64 places in the dataset's classes. shapes: (N, 2) int32 height and width in pixels.
     offsets: (N,) int64 bytes, and (0,) where nothing is cached. size_bytes: of all pixels. skipped: path and reason of
     every image left out by the policy `skip`.
@@ -112,7 +112,7 @@ class Pixels:
         if buffer is None:
             stream = open_in_use(self.file, self.size_bytes)
             if stream is None:
-                raise ZooError(
+                raise Hindered(
                     f"the pixel cache {str(self.file)!r} was removed or changed; give the same command again"
                 )
             buffer = self._use(stream)
@@ -180,7 +180,7 @@ def open_pixels(
 
     bad_images: `fail` or `skip`; left out, the dataset's own. progress is called with images done and in all. The
     cache stays within `ZOO_CACHE_GB` gigabytes (`zoo.data.room`): a split that does not fit is looked through once,
-    and decoded again as it is used. Raises ZooError that names the first image that is gone, changed since the import,
+    and decoded again as it is used. Raises Hindered that names the first image that is gone, changed since the import,
     or cannot be decoded (policy `fail`), or where no image of the split can be read.
     """
     limit = cache_limit()
@@ -396,4 +396,4 @@ def _looked(
             progress(number + 1, len(source))
     if not index.good.any():
         first = f" (the first, {one_line(Path(source.file(0)))!r}: {index.reasons[0]})" if len(source) else ""
-        raise ZooError(f"no image of split {source.split!r} can be read{first}; import the data again")
+        raise Hindered(f"no image of split {source.split!r} can be read{first}; import the data again")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from zoo.errors import ZooError, one_line
+from zoo.errors import Hindered, one_line
 from zoo.files import atomic_writer, sha256_file, user_path
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -74,14 +74,14 @@ def is_offline(offline: bool = False) -> bool:
 
 
 def checked_sha256(path: Path, digest: str | None = None) -> str:
-    """Return a file's sha256; raises ZooError where it is not `digest`, or not what the file's name promises.
+    """Return a file's sha256; raises Hindered where it is not `digest`, or not what the file's name promises.
 
     A name like `resnet18-5c106cde.pth` promises the first digits.
     """
     try:
         sha256 = sha256_file(path)
     except OSError as error:
-        raise ZooError(f"cannot read {str(path)!r}: {one_line(error.strerror or error)}") from error
+        raise Hindered(f"cannot read {str(path)!r}: {one_line(error.strerror or error)}") from error
     _check(path.name, sha256, digest)
     return sha256
 
@@ -90,7 +90,7 @@ def _check(name: str, sha256: str, digest: str | None = None) -> None:
     promise = _PROMISE.search(name)
     expected = digest or (promise.group(1) if promise else "")
     if not sha256.startswith(expected):
-        raise ZooError(
+        raise Hindered(
             f"{one_line(name)!r} is damaged or another file: its sha256 must begin with {expected[:16]}. "
             f"Got {sha256[:16]}; fetch it again"
         )
@@ -99,7 +99,7 @@ def _check(name: str, sha256: str, digest: str | None = None) -> None:
 def find_cached(repo: str, url: str) -> tuple[Path, str, str] | None:
     """Return path, sha256 and location of a model's weights in the hub's cache, else in torch's; else None.
 
-    repo: hub id, perhaps with `@revision`. Raises ZooError where the file is damaged.
+    repo: hub id, perhaps with `@revision`. Raises Hindered where the file is damaged.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -122,14 +122,14 @@ def _checked_blob(path: Path, repo: str) -> tuple[Path, str, str]:
     location = f"{repo}@{path.parent.name}/{path.name}"
     try:
         return path, checked_sha256(path, digest), location
-    except ZooError:
+    except Hindered:
         store = blob.resolve()
         try:
             for each in (path, blob, store):
                 each.unlink(missing_ok=True)
         except OSError as error:
-            raise ZooError(f"the cached {location} is damaged; remove it: {str(blob)!r}") from error
-        raise ZooError(
+            raise Hindered(f"the cached {location} is damaged; remove it: {str(blob)!r}") from error
+        raise Hindered(
             f"the hub's file {location} is damaged: its sha256 is not the hub's. It was removed from the "
             "cache; run the same command again to fetch it anew"
         ) from None
@@ -139,7 +139,7 @@ def fetch(repo: str, url: str) -> tuple[Path, str, str]:
     """Fetch a model's weights from the hub, or from its URL where no hub has it.
 
     Returns path, sha256 and location, as `find_cached` does. Raises HubError,
-    within seconds, where that cannot be done, and ZooError where the file is damaged.
+    within seconds, where that cannot be done, and Hindered where the file is damaged.
     """
     endpoint = _endpoint() if repo else url
     _probe(endpoint)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ZooError, one_line
+from zoo.errors import Hindered, ZooError, one_line
 from zoo.models.nets import classifiers_of
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def read_weights(path: Path, model_bytes: int) -> dict[str, Tensor]:
     try:
         size = _unfolded_bytes(path)
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ZooError(f"weights {name!r} cannot be read: {one_line(error, 160)}; fetch the file again") from error
+        raise Hindered(f"weights {name!r} cannot be read: {one_line(error, 160)}; fetch the file again") from error
     if size > limit:
         raise ZooError(
             f"weights {name!r} unfold to {size / 2**20:.0f} MiB where at most {limit / 2**20:.0f} MiB fit "
@@ -208,7 +208,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ZooError(
+        raise Hindered(
             f"weights {one_line(path.name)!r} are no whole safetensors file: {one_line(error, 160)}; "
             "fetch the file again"
         ) from error
@@ -225,7 +225,7 @@ def _read_pickled(path: Path) -> Any:
         # torch's own text proposes weights_only=False, which would run the file's code.
         found = re.search(r"(?:GLOBAL|global:?) ([\w.]+)", str(error))
         what = f" ({found.group(1)})" if found and "." in found.group(1) else ""
-        raise ZooError(
+        raise Hindered(
             f"weights {name!r} are damaged or hold more than tensors{what}; fetch the file again, or convert "
             "it to .safetensors where you trust it"
         ) from error
@@ -235,7 +235,7 @@ def _read_pickled(path: Path) -> Any:
         reason = str(error).strip().partition("\n")[0]
         if "weights_only" in reason:
             reason = "its format is too old to be read without running code"
-        raise ZooError(f"weights {name!r} cannot be read: {one_line(reason, 160)}; fetch the file again") from error
+        raise Hindered(f"weights {name!r} cannot be read: {one_line(reason, 160)}; fetch the file again") from error
 
 
 def _state_dict(content: Any, name: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.errors import ZooError, nearest, one_line
+from zoo.errors import Hindered, ZooError, nearest, one_line
 from zoo.models import nets
 from zoo.models.carried import CarriedWeights, carried_weights
 from zoo.models.fingerprint import network_digest
@@ -116,13 +116,13 @@ def find_model(name: str) -> ModelSpec:
     if tag not in by_tag:
         tags = sorted(filter(None, by_tag))
         known = f"known: {', '.join(tags)}" if tags else "none is known"
-        raise ZooError(
+        raise Hindered(
             f"model {arch!r} has no weights of the tag {one_line(tag)!r}{nearest(tag, tags)} ({known}; "
             f"a file {arch}.TAG.safetensors in ZOO_WEIGHTS adds one)"
         )
     row = by_tag[tag]
     if row.summary.startswith(_UNUSABLE):
-        raise ZooError(row.summary.removeprefix(_UNUSABLE))
+        raise Hindered(row.summary.removeprefix(_UNUSABLE))
     return replace(row, weights_at_hand=weights_at_hand(row, found))
 
 

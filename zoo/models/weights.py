@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoo.errors import ZooError, nearest, one_line
+from zoo.errors import Hindered, ZooError, nearest, one_line
 from zoo.files import Home, user_path
 from zoo.models import hub
 from zoo.models.carried import carried_weights
@@ -120,7 +120,7 @@ def _folder_files() -> list[Path]:
         return []
     folder = user_path(named)
     if not folder.is_dir():
-        raise ZooError(f"ZOO_WEIGHTS must name a folder of weight files. Got {one_line(named)!r}; fix or unset it")
+        raise Hindered(f"ZOO_WEIGHTS must name a folder of weight files. Got {one_line(named)!r}; fix or unset it")
     return sorted(path for path in folder.iterdir() if path.suffix in FOLDER_SUFFIXES and path.is_file())
 
 
@@ -168,7 +168,7 @@ def _from_path(spec: ModelSpec, source: str, root: Home) -> WeightsFile:
     path = next((each for each in (root.root / given, given) if each.is_file()), None)
     if path is None:
         hint = nearest(source, ["pretrained", "scratch"]) or "; check the path"
-        raise ZooError(
+        raise Hindered(
             "model.weights must be 'pretrained', 'scratch', a run, or a weights file. "
             f"Got {one_line(source)!r}, and there is no such file{hint}"
         )
@@ -244,7 +244,7 @@ def _from_hub(spec: ModelSpec, offline: bool) -> WeightsFile:
     return WeightsFile(path, sha256, "hub", location)
 
 
-def _no_weights(spec: ModelSpec, reason: str) -> ZooError:
+def _no_weights(spec: ModelSpec, reason: str) -> Hindered:
     """Return the one error that says why there are no weights, and all that can be done about it."""
     folder = os.environ.get("ZOO_WEIGHTS")
     here = f"the folder ZOO_WEIGHTS (now {one_line(folder, 80)!r}" if folder else "the folder ZOO_WEIGHTS (now unset"
@@ -253,7 +253,7 @@ def _no_weights(spec: ModelSpec, reason: str) -> ZooError:
     file = f"{spec.name}.safetensors" if spec.tag else f"{spec.arch}.TAG.safetensors"
     repo, _, _ = spec.hub_id.partition("@")
     fetch = f"`hf download {repo} {hub.HUB_FILES[0]}`" if repo else spec.url or "for a tag that a hub has"
-    return ZooError(
+    return Hindered(
         f"cannot get pretrained weights for {spec.name!r}: {reason}. Five ways out: (1) name a file in the "
         f'recipe, [model] weights = "FILE"; (2) put {file} (or .pth) into {here}; (3) fill the hub\'s cache '
         f"on a machine with a network, {fetch}, and copy it here; (4) go online, without --offline and with "

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from zoo.errors import ZooError, one_line
+from zoo.errors import Hindered, ZooError, one_line
 from zoo.files import atomic_writer, read_json, sha256_bytes, sha256_file, write_json
 
 _OWN_FILES = ("epoch-", "best-", "average-")
@@ -182,7 +182,7 @@ def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
                 raise _Foreign(str(facts["run_digest"]))
             return _read_checkpoint(file, facts)
         except _Foreign as other:
-            raise ZooError(
+            raise Hindered(
                 f"{str(folder)!r} holds the checkpoint of another run ({other.digest[:8]}, this is {digest[:8]}): of "
                 "another recipe, split or seed; move the folder away to start anew"
             ) from None
@@ -191,7 +191,7 @@ def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             faults.append(f"{file.name}: {type(error).__name__}")
     if faults:
-        raise ZooError(
+        raise Hindered(
             f"no checkpoint in {str(folder)!r} is whole ({one_line(faults[0], 160)}); move the folder away to start "
             "anew"
         )

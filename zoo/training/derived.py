@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from zoo.data.cache import Pixels, open_pixels
-from zoo.errors import ZooError, one_line
+from zoo.errors import Hindered, one_line
 from zoo.evaluation.metrics import METRIC_SIGN, selection_score
 from zoo.files import atomic_writer, sha256_file, write_error
 from zoo.models.registry import classifier_of
@@ -129,14 +129,14 @@ def _copy(source: Run, run: Run) -> None:
         with _opened(source, before) as stream, atomic_writer(after) as copy:
             shutil.copyfileobj(stream, copy, 1 << 20)
     if sha256_file(source.weights_file) != sha256_file(run.weights_file):
-        raise ZooError(f"the weights of run {source.name!r} changed while they were copied; train it again")
+        raise Hindered(f"the weights of run {source.name!r} changed while they were copied; train it again")
 
 
 def _opened(source: Run, file: Path) -> IO[bytes]:
     try:
         return file.open("rb")
     except OSError as error:
-        raise ZooError(
+        raise Hindered(
             f"{file.name} of run {source.name!r} cannot be read: {one_line(error)}; train it again"
         ) from error
 

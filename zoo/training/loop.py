@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from zoo.data.manifest import Dataset
-from zoo.errors import Interrupted, ZooError, one_line
+from zoo.errors import Hindered, Interrupted, ZooError, one_line
 from zoo.files import Home, write_text
 from zoo.recipe import Recipe
 from zoo.runs import Run, RunHeld, run_lock
@@ -114,7 +114,8 @@ def _guarded(plan: Plan, group: Group, on_tick: OnTick, on_epoch: OnEpoch) -> Ru
         said = f"{type(error).__name__}: {one_line(error, 200)}"
         _record_failure(plan, group, said, traceback.format_exc())
         file = plan.run.path / "traceback.txt"
-        raise ZooError(f"run {plan.run.name!r} failed: {said}; the traceback is in {str(file)!r}") from error
+        kind = Hindered if isinstance(error, OSError) else ZooError
+        raise kind(f"run {plan.run.name!r} failed: {said}; the traceback is in {str(file)!r}") from error
 
 
 def _with_less_memory(plan: Plan, group: Group, interruption: Interruption, on_tick: OnTick, on_epoch: OnEpoch) -> Run:

@@ -13,7 +13,7 @@ import torch
 from zoo.data.leaks import refuse_leaks
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.data.window import windowing_of, windowing_of_facts
-from zoo.errors import ZooError, one_line
+from zoo.errors import Hindered, ZooError, one_line
 from zoo.evaluation.metrics import selection_score
 from zoo.files import Home, check_writable, digest_of, home, sha256_file
 from zoo.models.registry import (
@@ -304,13 +304,13 @@ def _weights(
     try:
         run = find_run(source, root)
     except ZooError as error:
-        raise ZooError(
+        raise Hindered(
             f"model.weights must be 'pretrained', 'scratch', a .safetensors or .pth file, or a run. "
             f"Got {one_line(source)!r}; {error}"
         ) from error
     record = run.record
     if record.status != "finished":
-        raise ZooError(f"run {run.name!r} to go on from did not finish: {record.reason}; train it again")
+        raise Hindered(f"run {run.name!r} to go on from did not finish: {record.reason}; train it again")
     if find_model(record.model).arch != spec.arch:
         raise ZooError(
             f"run {run.name!r} to go on from trained {record.model!r}, the recipe's model is {spec.name!r}; "
@@ -425,7 +425,7 @@ def finished_run(plan: Plan) -> Run | None:
     try:
         return run if wanted is None or sha256_file(run.weights_file) == wanted else None
     except OSError as error:
-        raise ZooError(
+        raise Hindered(
             f"the weights of run {run.name!r} cannot be read: {one_line(error.strerror or error)}; check "
             f"{str(run.weights_file)!r}, or delete it to train the run again"
         ) from error

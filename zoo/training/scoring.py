@@ -12,7 +12,7 @@ from torch import nn
 from zoo.data.cache import ImageProgress, Pixels, open_pixels
 from zoo.data.manifest import load_dataset
 from zoo.data.transforms import normalise_tensor
-from zoo.errors import ZooError, one_line
+from zoo.errors import Hindered, ZooError, one_line
 from zoo.evaluation.ledger import record_look
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
@@ -73,13 +73,13 @@ def _weights_of(run: Run) -> dict[str, torch.Tensor]:
     try:
         return load_file(run.weights_file)
     except (OSError, SafetensorError) as error:
-        raise ZooError(f"the weights of run {run.name!r} cannot be read: {one_line(error)}; train it again") from error
+        raise Hindered(f"the weights of run {run.name!r} cannot be read: {one_line(error)}; train it again") from error
 
 
 def _refuse_changed(run: Run, record: RunRecord) -> None:
     """Refuse weights that are no longer those of the run: a flipped byte loads silently."""
     if record.weights_sha256 is not None and sha256_file(run.weights_file) != record.weights_sha256:
-        raise ZooError(f"the weights of run {run.name!r} were changed after the run had ended; train it again")
+        raise Hindered(f"the weights of run {run.name!r} were changed after the run had ended; train it again")
 
 
 def finished_record(run: Run) -> RunRecord:

@@ -15,7 +15,7 @@ from torch import nn
 
 from zoo.cores import cores
 from zoo.data.cache import Pixels, open_pixels
-from zoo.errors import ZooError, one_line
+from zoo.errors import Hindered, one_line
 from zoo.evaluation.metrics import METRIC_SIGN, selection_score
 from zoo.files import remove_half_written, to_json, write_error, write_text
 from zoo.models.registry import classifier_of
@@ -101,7 +101,7 @@ class Trainer:
         self.updating = False  # whether an update is under way, or broke
         self.scored: list[nn.Module] = []
         if self.progress.best_epoch and self.checkpoint is not None and "best" not in self.checkpoint.kept:
-            raise ZooError(
+            raise Hindered(
                 f"the checkpoint in {str(self.folder)!r} is of an older zoo; move the folder away to start anew"
             )
         self.threads = self.progress.threads = _begun_threads(self.progress)
@@ -180,7 +180,7 @@ class Trainer:
         missing = set(range(len(self.plan.dataset.classes))) - set(self.train_pixels.y_true.tolist())
         if missing:
             names = ", ".join(one_line(self.plan.dataset.classes[each]) for each in sorted(missing))
-            raise ZooError(f"split 'train' has no readable image of class {names}; import the data again")
+            raise Hindered(f"split 'train' has no readable image of class {names}; import the data again")
 
     def _pixels(self, split: str) -> Pixels:
         tell = self._counted(f"decoding {split}")
