@@ -385,6 +385,32 @@ def test_an_interrupted_study_ends_as_if_it_had_not_been(tiny, searched):
     assert len(set(reports[0])) == len(reports[0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pruner", ["halving", "hyperband"])
+def test_trials_of_searched_epochs_are_given_up_before_their_own_last_one(tiny, searched, pruner):
+    search = {"finetune.epochs": {"low": 2, "high": 9}, "optimizer.lr": {"low": 1e-7, "high": 1e-2, "log": True}}
+    recipe = searched(search, epochs=2)
+    whole = tune(recipe, "tiny", 12, root=tiny, pruner=pruner)
+    given_up = [row for row in whole.trials if row["state"] == "pruned"]
+    assert all(row["epochs"] < row["params"]["finetune.epochs"] for row in given_up)
+    late = [row for row in given_up if row["epochs"] >= 2]
+    assert late, "some are given up after as many epochs as the recipe as it is has in all"
+    for row in whole.trials:
+        if row["state"] == "complete":
+            assert row["epochs"] == row["params"]["finetune.epochs"]
+    study = Study(whole.folder, space_of(recipe), 0, pruner)
+    stopped = [trial.number for trial in study.frozen() if trial.user_attrs.get("stopped")]
+    assert stopped == [row["number"] for row in given_up], "what the pruner has given up does not go on"
+    # Cut off at the very epoch at which it is given up, or at its last, a trial ends as it would have.
+    whole.folder.rename(tiny.root / "away")
+    whole.file.unlink()
+    ended = next(row for row in whole.trials if row["number"] and row["state"] == "complete")
+    for row in sorted((late[0], ended), key=lambda row: row["number"]):
+        with pytest.raises(Interrupted):
+            tune(recipe, "tiny", 12, root=tiny, pruner=pruner, on_tick=stop_at(row["number"], row["epochs"]))
+    assert lasting(tune(recipe, "tiny", 12, root=tiny, pruner=pruner).trials) == lasting(whole.trials)
+
+
 def _reports(journal):
     for line in journal.read_text().splitlines():
         entry = json.loads(line)

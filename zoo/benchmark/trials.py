@@ -144,12 +144,12 @@ class _Trial:
         return True
 
     def _train(self, plan: Plan) -> None:
-        # What was killed between an epoch and the look at it is looked at now.
-        self._look(plan.run.history())
-        if self.seen and not self.claim.first and self.study.should_prune(self.claim.number):
-            raise StopRun
-        run = train_plan(plan, self.on_tick, lambda row: self._look([*plan.run.history(), row]))
-        self._look(run.history(), prune=False)
+        last = plan.recipe.finetune.epochs  # of this trial: they may be searched
+        # What was killed between an epoch, the look at it and the pruner's answer is looked at now.
+        self._look(plan.run.history(), last)
+        self._ask(last)
+        run = train_plan(plan, self.on_tick, lambda row: self._look([*plan.run.history(), row], last))
+        self._look(run.history(), None)
         value = run.metrics("val").get(self.study.metric)
         if value is None or not math.isfinite(value):
             self._end("failed", reason=f"val cannot define {self.study.metric}; set another finetune.metric")
@@ -157,18 +157,29 @@ class _Trial:
             self._end("complete", float(value))
             self.study.tidy()
 
-    def _look(self, rows: list[dict[str, Any]], prune: bool = True) -> None:
-        """Report epochs that are not reported yet; raises StopRun where the pruner gives the trial up."""
-        epochs = self.job.recipe.finetune.epochs
+    def _look(self, rows: list[dict[str, Any]], last: int | None) -> None:
+        """Report epochs that are not reported yet; raises StopRun where the pruner gives the trial up.
+
+        last: the trial's last epoch; None: the trial has ended, and the pruner is not asked.
+        """
         for row in rows:
             value = row.get(f"val_{self.study.metric}")
             if row["epoch"] in self.seen or value is None or not math.isfinite(value):
                 continue
             self.seen.add(row["epoch"])
             self.study.report(self.claim.number, row["epoch"], value)
-            stop = prune and self.study.should_prune(self.claim.number)
-            if stop and not self.claim.first and row["epoch"] < epochs:
-                raise StopRun
+            if last is not None:
+                self._ask(last)
+
+    def _ask(self, last: int) -> None:
+        """Raise StopRun where the pruner gives the trial up; at its last epoch there is nothing left to give up.
+
+        The recipe as it is goes on in any case; the pruner is asked so that it counts among the others.
+        """
+        if not self.seen or max(self.seen) >= last:
+            return
+        if self.study.should_prune(self.claim.number) and not self.claim.first:
+            raise StopRun
 
     def _seconds(self) -> float:
         return round(self.seconds_before + time.monotonic() - self.started, 2)
