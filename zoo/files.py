@@ -22,6 +22,7 @@ from zoo.errors import Hindered, ZooError, nearest, one_line
 
 SCHEMA_VERSION = 1
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})  # a disk that takes no more
+_BARE = re.compile(r"[A-Za-z0-9_-]+")  # a key of TOML that needs no quotes
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
 
 
@@ -299,6 +300,21 @@ def _read(path: Path, parse: Callable[[str], Any], kind: str) -> dict[str, Any]:
 def write_toml(path: Path, value: dict[str, Any]) -> None:
     """Write a table as TOML, atomically; keys whose value is None are left out."""
     write_text(path, tomli_w.dumps(_without_none(value), multiline_strings=False))
+
+
+def to_toml(value: Any) -> str:
+    """Return a value as TOML has it, on one line; what is None within it is left out.
+
+    >>> to_toml({"optimizer.lr": {"low": 1e-4, "log": True}, "freeze": ["stem"]})
+    '{"optimizer.lr" = {low = 0.0001, log = true}, freeze = ["stem"]}'
+    """
+    if isinstance(value, dict):
+        pairs = [(str(key), each) for key, each in value.items() if each is not None]
+        shown = [f"{key if _BARE.fullmatch(key) else to_toml(key)} = {to_toml(each)}" for key, each in pairs]
+        return "{" + ", ".join(shown) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(to_toml(each) for each in value if each is not None) + "]"
+    return tomli_w.dumps({"value": value}, multiline_strings=False).removeprefix("value = ").rstrip("\n")
 
 
 def _without_none(value: Any) -> Any:

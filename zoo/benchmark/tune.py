@@ -16,7 +16,7 @@ from zoo.benchmark.tuned import Tuned, bench_command, check_target, finish
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.errors import Interrupted, ZooError, one_line
 from zoo.files import Home, check_writable, digest_of, home
-from zoo.recipe import Recipe, full_key, load_recipe, parse_recipe
+from zoo.recipe import Recipe, load_recipe, parse_recipe
 from zoo.training.loop import OnTick
 from zoo.training.plan import Plan, make_plan
 
@@ -82,8 +82,9 @@ def tune(
         raise Interrupted(
             f"interrupted: {ended}; the study goes on with the same command", getattr(stop, "exit_code", 130)
         ) from None
-    kept = {key: value for key, value in (overrides or {}).items() if full_key(key) not in space.spaces}
-    command = partial(bench_command, dataset.name, asked, kept)
+    options = ["--bad-images", bad_images] if bad_images else []
+    options += [flag for flag, given in (("--accept-leaks", accept_leaks), ("--offline", offline)) if given]
+    command = partial(bench_command, dataset.name, asked, overrides or {}, space.spaces, options)
     return finish(study, plan, trials, root, name, command)
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import shlex
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from zoo.benchmark.study import Study
 from zoo.errors import ZooError, one_line
 from zoo.evaluation.predictions import read_predictions
 from zoo.evaluation.statistics import metric_intervals, paired_comparisons
-from zoo.files import Home, check_name, sha256_file, to_json, write_json, write_text, write_toml
-from zoo.recipe import list_recipes, load_recipe
+from zoo.files import Home, check_name, sha256_file, to_toml, write_json, write_text, write_toml
+from zoo.recipe import full_key, list_recipes, load_recipe, parse_assignment
 from zoo.reporting import plots, tuning
 from zoo.training.plan import Plan
 
@@ -33,7 +33,8 @@ class Tuned:
     `load_recipe`; file: where. best, default: rows of trials, as in `trials` (number, state, value, params, epochs,
     seconds, reason). comparison: tuned minus default on val, with its interval; None where the recipe as it is failed.
     importance: of each key, adding up to 1 at the most; None where too few trials are complete. folder: of the
-    journal, the trials and the figures. next_command: what compares tuned and default fairly, on test.
+    journal, the trials and the figures. next_command: what compares tuned and default fairly, on test, in the same
+    home.
     """
 
     study: str
@@ -75,12 +76,38 @@ class Tuned:
         }
 
 
-def bench_command(dataset: str, recipe: str, overrides: dict[str, Any], tuned: str) -> str:
-    """Return the command that scores a recipe and its tuned one on test."""
+def bench_command(
+    dataset: str, recipe: str, overrides: dict[str, Any], searched: Iterable[str], options: list[str], tuned: str
+) -> str:
+    """Return the command that scores a recipe and its tuned one on test.
+
+    overrides: of the recipe, which go to both, but for what was searched, which would undo the tuning. options: words
+    that go on to the command as they are.
+    """
     words = ["zoo", "bench", "--data", dataset, "--recipes", f"{recipe},{tuned}", "--seeds", "3"]
     for key, value in overrides.items():
-        words += ["--set", f"{key}={value if isinstance(value, str) else to_json(value)}"]
-    return shlex.join(words)
+        for each, part in _not_searched(full_key(key), value, frozenset(searched)):
+            # By the key as it was given, where the whole of it goes on.
+            words += ["--set", f"{key if each == full_key(key) else each}={_assigned(part)}"]
+    return shlex.join([*words, *options])
+
+
+def _not_searched(key: str, value: Any, searched: frozenset[str]) -> Iterator[tuple[str, Any]]:
+    """Yield what is left of an override, as key and value; a table in which something is searched falls into keys."""
+    if key in searched or key == "search" or value is None:
+        return
+    if isinstance(value, dict) and any(each.startswith(f"{key}.") for each in searched):
+        for inner, part in value.items():
+            yield from _not_searched(f"{key}.{inner}", part, searched)
+    else:
+        yield key, value
+
+
+def _assigned(value: Any) -> str:
+    """Return a value as `--set` reads it; text that would be read as something else in quotes."""
+    if isinstance(value, str) and parse_assignment(f"key={value}")[1] == value:
+        return value
+    return to_toml(value)
 
 
 def finish(study: Study, plan: Plan, most: int, root: Home, name: str | None, command: Callable[[str], str]) -> Tuned:

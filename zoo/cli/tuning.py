@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +24,7 @@ def add_to(parent: typer.Typer) -> None:
 
 
 def tune(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="Name of `zoo list recipes`, or a .toml file, with \\[search].")],
     data: Annotated[str, typer.Option("--data", help="Name of the dataset.")],
     trials: Annotated[int, typer.Option(help="Trials of the study in all, those of earlier calls included.")] = 20,
@@ -64,6 +67,9 @@ def tune(
             on_tick=shown.tick,
             on_step=_lines(shown),
         )
+    given = home or context.find_root().params.get("home")
+    if given is not None:
+        found = replace(found, next_command=f"{found.next_command} {shlex.join(['--home', str(given)])}")
     if json:
         print_json({**found.document(), "file": str(found.file), "folder": str(found.folder)})
     else:
