@@ -87,6 +87,23 @@ def studies(root):
             "cannot be trained: 'model.weights' = away",
         ),
         (
+            {"finetune.batch_size": {"choices": [8, 512]}},
+            {},
+            "cannot be trained: 'finetune.batch_size' = 512: finetune.batch_size must be at most the 18 training imag",
+        ),
+        ({"finetune.batch_size": {"low": 4, "high": 19}}, {}, "cannot be trained: 'finetune.batch_size' = 19: "),
+        ({"finetune.accumulate": {"low": 1, "high": 4}}, {}, "'finetune.accumulate' = 4: finetune.batch_size must be"),
+        (
+            {"finetune.batch_size": {"choices": [6, 9]}, "finetune.accumulate": {"choices": [1, 4]}},
+            {},
+            "cannot be trained: 'finetune.accumulate' = 4: finetune.batch_size must be at most the 18 training images",
+        ),
+        (
+            {"finetune.image_sizes": {"choices": [[16, 24], [16, 32]]}},
+            {},
+            "cannot be trained: 'finetune.image_sizes' = [16, 24]: finetune.image_sizes must end at the model's image",
+        ),
+        (
             {"augment.transforms": {"choices": [[{"name": "Flipp"}]]}},
             {"augment": {}},
             "cannot be trained: 'augment.trans",
@@ -338,6 +355,22 @@ def test_combinations_that_contradict_are_refused_without_training(tiny, searche
     assert refused, "twelve draws of four combinations hit the one that contradicts"
     assert all("loss.label_smoothing cannot go with loss.name = 'focal'" in row["reason"] for row in refused)
     assert all(row["epochs"] == 0 for row in refused)
+
+
+@pytest.mark.slow
+def test_values_that_go_with_some_others_alone_are_searched_and_the_rest_is_not_trained(tiny, searched):
+    search = {
+        "model.image_size": {"choices": [32, 48]},
+        "finetune.image_sizes": {"choices": [[16, 48], [16, 32]]},
+        "finetune.batch_size": {"choices": [6, 9]},
+        "finetune.accumulate": {"choices": [1, 3]},
+    }
+    found = tune(searched(search, epochs=2), "tiny", 14, root=tiny, pruner="none")
+    refused = [row for row in found.trials if row["state"] == "pruned"]
+    assert {row["state"] for row in found.trials} == {"complete", "pruned"}
+    sizes = [row for row in refused if "finetune.image_sizes must end at the model's image size" in row["reason"]]
+    batches = [row for row in refused if "finetune.batch_size must be at most the 18" in row["reason"]]
+    assert sizes and batches and all(row["epochs"] == 0 for row in refused)
 
 
 def test_a_metric_that_val_cannot_define_is_refused_before_work(root, write_scenes, tmp_path, searched):

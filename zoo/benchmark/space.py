@@ -111,14 +111,23 @@ def _key_faults(space: Space, key: str) -> list[str]:
     return faults
 
 
+def settings(space: Space) -> Iterator[dict[str, Any]]:
+    """Yield values of all keys, of which any may be looked at with another: the recipe's own first, then drawn ones.
+
+    Always the same. A key whose space has not the recipe's own value has a drawn one from the first on.
+    """
+    draw, own = random.Random(0), space.values(space.own_params())
+    for _ in range(_DRAWS):
+        yield {**{key: _drawn(key, inner, draw) for key, inner in space.spaces.items()}, **own}
+        own = {}
+
+
 def _contradicting(space: Space) -> Iterator[str]:
     """Yield what is wrong with each value that no draw of the other keys makes a recipe of."""
-    draw = random.Random(0)
-    draws = [{key: _drawn(key, inner, draw) for key, inner in space.spaces.items()} for _ in range(_DRAWS)]
-    table = plain_table(space.recipe)
+    drawn, table = list(settings(space)), plain_table(space.recipe)
     for key, value in probes(space):
         said = ""
-        for others in draws:
+        for others in drawn:
             try:
                 parse_recipe(table, space.recipe.name, {**others, key: value})
                 break

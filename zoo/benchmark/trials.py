@@ -96,13 +96,10 @@ class _Trial:
         if self.claim.deaths >= MOST_DEATHS:
             self._end("failed", reason="its processes died again and again in one epoch, for want of memory?")
             return
-        try:
-            recipe = study.space.recipe if self.claim.first else study.space.recipe_of(self.claim.params)
-        except ZooError as error:
-            self._end("pruned", reason=str(error).partition(": ")[2])
+        plan = self._planned()
+        if plan is None:
             return
         try:
-            plan = self._plan(recipe)
             study.note(number, digest=plan.digest, run=plan.run.name)
             if not self._twin(plan.digest):
                 self._train(plan)
@@ -116,6 +113,22 @@ class _Trial:
         except ZooError as error:
             self._end("failed", reason=str(error))
             gc.collect()  # of a trial that was out of memory
+
+    def _planned(self) -> Plan | None:
+        """Return the trial's plan; a combination of values that cannot be trained is given up, and None returned."""
+        space = self.study.space
+        try:
+            recipe = space.recipe if self.claim.first else space.recipe_of(self.claim.params)
+        except ZooError as error:
+            self._end("pruned", reason=str(error).partition(": ")[2])
+            return None
+        try:
+            return self._plan(recipe)
+        except Hindered:
+            raise
+        except ZooError as error:
+            self._end("pruned", reason=str(error))
+            return None
 
     def _plan(self, recipe: Recipe) -> Plan:
         """Return the plan of a run that lies, with its lock, in the trial's folder: two trials may be of one recipe."""

@@ -9,19 +9,31 @@ from typing import Any
 
 from zoo.benchmark.crew import work_side_by_side
 from zoo.benchmark.executors import OnStep
-from zoo.benchmark.space import Space, plain_table, probes, space_of
+from zoo.benchmark.space import Space, plain_table, probes, settings, space_of
 from zoo.benchmark.study import Study, check_pruner, need_optuna, until
 from zoo.benchmark.trials import Job, work
 from zoo.benchmark.tuned import Tuned, bench_command, check_target, finish
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.errors import Interrupted, ZooError, one_line
-from zoo.files import Home, check_writable, digest_of, home
+from zoo.files import Home, check_writable, digest_of, home, to_json
 from zoo.recipe import Recipe, load_recipe, parse_recipe
 from zoo.training.loop import OnTick
 from zoo.training.plan import Plan, make_plan
 
 TUNE_VERSION = 1
-_PLANNED = ("model.", "augment.", "precision", "finetune.strategy", "finetune.layer_decay", "finetune.freeze")
+# The keys that a plan may refuse: by the network, the weights, the augmentation, the size of the training set.
+_PLANNED = (
+    "model.",
+    "augment.",
+    "precision",
+    "finetune.strategy",
+    "finetune.layer_decay",
+    "finetune.freeze",
+    "finetune.batch_size",
+    "finetune.accumulate",
+    "finetune.image_sizes",
+)
+_PLANS = 30  # of the other keys' values, to see whether a value can be trained with any of them
 
 
 def tune(
@@ -114,18 +126,35 @@ def _check_arguments(trials: int, timeout: float | None, jobs: int, pruner: str)
 
 
 def _check_plans(space: Space, plan: Plan, known: dict[str, Any]) -> None:
-    """Plan each choice and end of range that network, weights and augmentation depend on; nothing is trained."""
-    faults, table = [], plain_table(space.recipe)
+    """Plan each choice and end of range that a plan may refuse, with other values of the space; nothing is trained."""
+    faults = []
     for key, value in probes(space):
-        if not key.startswith(_PLANNED):
+        refused = _refusal(space, plan, known, key, value) if key.startswith(_PLANNED) else None
+        if refused is not None:
+            faults.append(f"{key!r} = {one_line(value, 60)}: {refused}")
+    if faults:
+        raise ZooError(f"the search space of recipe {space.recipe.name!r} cannot be trained: " + "; ".join(faults))
+
+
+def _refusal(space: Space, plan: Plan, known: dict[str, Any], key: str, value: Any) -> ZooError | None:
+    """Return why a value cannot be trained, whatever else is chosen; None where it can be."""
+    table, first = plain_table(space.recipe), None
+    planned: set[str] = set()
+    for others in settings(space):
+        facts = to_json({each: chosen for each, chosen in others.items() if each.startswith(_PLANNED) and each != key})
+        if facts in planned:
             continue
         try:
-            recipe = parse_recipe(table, space.recipe.name, {key: value})
+            recipe = parse_recipe(table, space.recipe.name, {**others, key: value})
         except ZooError:
             continue  # it goes with other values of other keys alone
+        planned.add(facts)
         try:
             make_plan(recipe, plan.dataset, plan.seed, plan.home, accept_leaks=True, **known)
         except ZooError as error:
-            faults.append(f"{key!r} = {one_line(value, 60)}: {error}")
-    if faults:
-        raise ZooError(f"the search space of recipe {space.recipe.name!r} cannot be trained: " + "; ".join(faults))
+            first = first or error
+        else:
+            return None
+        if len(planned) == _PLANS:
+            break
+    return first
