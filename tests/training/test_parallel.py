@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
+import zoo
+from zoo.benchmark.contrasts import bench_all
 from zoo.data.loader import share
 from zoo.errors import ZooError
 from zoo.runs import Run, list_runs
@@ -254,6 +256,38 @@ def test_more_processes_than_a_batch_can_be_shared_by_are_refused_before_work(ti
         "error: torchrun started 3 processes, but 18 training images in batches of 4 leave one of 2, which 1 can" in err
     )
     assert not list_runs(tiny)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["bench", "tune"])
+def test_what_each_process_would_do_anew_is_refused_before_work(tiny, verb):
+    search = ("--set", 'search={"optimizer.lr"={low=1e-4,high=1e-2,log=true}}')
+    words = {"bench": ["--recipes", "tiny", "--seeds", "1"], "tune": ["--trials", "2", *search]}[verb]
+    started = torchrun(tiny.root, verb, *(["tiny"] if verb == "tune" else []), "--data", "tiny", *words)
+    try:
+        out, err = started.communicate(timeout=120)
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode != 0 and out == ""
+    said = f"error: zoo {verb} is the work of one process, and torchrun started 2; run it without torchrun, with --jobs"
+    assert said in err
+    assert not tiny.runs.exists() and not (tiny.root / "models" / "tune").exists()
+
+
+def test_every_function_of_one_process_refuses_several(tiny, monkeypatch):
+    for key, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(key, value)
+    for call in (
+        lambda: zoo.bench(data="tiny", recipes=["tiny"], seeds=1),
+        lambda: zoo.bench(data="tiny", recipes=["tiny"], seeds=1, jobs=2),
+        lambda: bench_all("formula_transfer"),
+        lambda: zoo.tune("tiny", "tiny"),
+        lambda: zoo.find_lr("tiny", "tiny"),
+    ):
+        with pytest.raises(ZooError, match=r"is the work of one process, and torchrun started 2; run it without torch"):
+            call()
+    assert not tiny.runs.exists() and not (tiny.root / "models" / "tune").exists()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -9,7 +9,7 @@ from typing import Any
 
 from zoo.benchmark.definition import load_benchmark
 from zoo.benchmark.executors import OnStep, Step, check_jobs
-from zoo.benchmark.suite import BenchResult, bench
+from zoo.benchmark.suite import NO_TORCHRUN, BenchResult, bench
 from zoo.data.leaks import refuse_leaks
 from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError
@@ -19,6 +19,7 @@ from zoo.reporting.comparison import Comparison
 from zoo.reporting.contrasts import contrasts_csv, contrasts_markdown, plot_contrasts
 from zoo.reporting.plots import save_figure
 from zoo.training.loop import OnTick
+from zoo.training.parallel import refuse_torchrun
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def bench_all(
     so that after an interruption, or once a dataset has come, the same call goes on. Raises ZooError, before any
     training, where a dataset that is not optional cannot be had, else as `bench` does.
     """
+    refuse_torchrun(*NO_TORCHRUN)
     check_jobs(jobs)
     root = root or home()
     wanted = load_benchmark(name, root)

@@ -20,7 +20,11 @@ from zoo.recipe import load_recipe
 from zoo.reporting.comparison import Comparison, make_comparison
 from zoo.runs import RunRecord
 from zoo.training.loop import OnTick
+from zoo.training.parallel import refuse_torchrun
 from zoo.training.plan import Plan, failed_record, make_plan
+
+# Each process would score test, look at it in the ledger and write the table.
+NO_TORCHRUN = ("zoo bench", ", with --jobs; a run that `torchrun -m zoo train` has trained is reused")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def bench(
     other bits with another number of threads. Files go to `benchmarks/<name>/`. Raises ZooError where the benchmark
     itself is wrong, or the dataset leaks and that is not accepted; a recipe that fails is a row.
     """
+    refuse_torchrun(*NO_TORCHRUN)
     check_jobs(jobs)
     root = root or home()
     wanted = _wanted(name, data, recipes, seeds, root)

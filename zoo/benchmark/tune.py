@@ -18,6 +18,7 @@ from zoo.errors import Interrupted, ZooError, one_line
 from zoo.files import Home, check_writable, digest_of, home, to_json
 from zoo.recipe import Recipe, load_recipe, parse_recipe
 from zoo.training.loop import OnTick
+from zoo.training.parallel import refuse_torchrun
 from zoo.training.plan import Plan, make_plan
 
 TUNE_VERSION = 1
@@ -66,6 +67,7 @@ def tune(
     every trial failed; Hindered where an image, weights or room on the disk are gone, which fails no trial; and
     Interrupted after Ctrl-C. After both the same call goes on.
     """
+    refuse_torchrun("zoo tune", ", with --jobs")
     root = root or home()
     need_optuna()
     _check_arguments(trials, timeout, jobs, pruner)

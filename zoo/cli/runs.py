@@ -9,7 +9,6 @@ import typer
 
 from zoo.cli.screen import AcceptLeaksOption, BadImagesOption, HomeOption, JsonOption, OfflineOption, SetOption
 from zoo.cli.tuning import find_lr
-from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from zoo.cli.screen import Bars
@@ -48,15 +47,12 @@ def train(
     from zoo.cli.screen import assignments, bars, check_bad_images
     from zoo.recipe import load_recipe
     from zoo.reporting.writers import check_writers
-    from zoo.training.parallel import expected_world
     from zoo.training.plan import make_plan
 
     bad_images = check_bad_images(bad_images)
     loaded = load_recipe(recipe, assignments(set_))
     writers = check_writers(log or [])
     if lr_find:
-        if expected_world() > 1:
-            raise ZooError("--lr-find is the work of one process; run it without torchrun")
         find_lr(loaded, data, seed, offline=offline, bad_images=bad_images, accept_leaks=accept_leaks, json=json)
         return
     plan = make_plan(loaded, data, seed, offline=offline, bad_images=bad_images, accept_leaks=accept_leaks)

@@ -26,6 +26,7 @@ from zoo.reporting.plots import (
 )
 from zoo.training.loop import OnTick
 from zoo.training.lr_range import UPDATES, LrRange, lr_range
+from zoo.training.parallel import refuse_torchrun
 from zoo.training.plan import make_plan
 
 
@@ -45,6 +46,7 @@ def find_lr(
 
     Nothing else of the run changes. Raises ZooError as `train` and `lr_range` do.
     """
+    refuse_torchrun("--lr-find")
     plan = make_plan(recipe, data, seed, root, offline=offline, bad_images=bad_images, accept_leaks=accept_leaks)
     found = lr_range(plan, updates, on_tick)
     file = plan.run.path / "lr-find.png"

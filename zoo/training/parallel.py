@@ -98,6 +98,15 @@ def expected_world() -> int:
     return int(world) if world.isdecimal() and "RANK" in os.environ and "MASTER_ADDR" in os.environ else 1
 
 
+def refuse_torchrun(what: str, instead: str = "") -> None:
+    """Raise ZooError where torchrun started this process among others, for what each of them would do anew."""
+    if expected_world() > 1:
+        raise ZooError(
+            f"{what} is the work of one process, and torchrun started {expected_world()}; run it without torchrun"
+            + instead
+        )
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Group]:
     """Join the processes that torchrun started, for the block; alone where there are none.
@@ -107,7 +116,7 @@ def joined(device: torch.device) -> Iterator[Group]:
     if expected_world() == 1:
         yield ALONE
         return
-    if dist.is_initialized():  # a benchmark's next run
+    if dist.is_initialized():  # a run that another is made of
         yield Group(dist.get_rank(), dist.get_world_size())
         return
     backend = "nccl" if device.type == "cuda" and not _cards_are_shared() else "gloo"
