@@ -24,6 +24,16 @@ def test_the_figure_marks_the_suggestion_and_the_recipe_s_own(tmp_path):
     assert len(plot_lr_range(NOTHING).legends[0].get_texts()) == 3
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_losses_before_the_first_that_is_no_number_make_a_figure(tmp_path, count):
+    lrs, losses = LRS[:count], FALL[:count]
+    few = LrRange("optimizer.lr", 1e-3, lrs, losses, losses, None, None, None, "the loss was no number at 1e-06")
+    save_figure(plot_lr_range(few), tmp_path / "few.png")
+    assert lr_range_text(few).startswith(
+        f"optimizer.lr is 0.001 in the recipe; {count} update{'s'[: count - 1]} from 1e-06 up"
+    )
+
+
 def test_the_sentence_says_how():
     assert lr_range_text(FOUND) == (
         "optimizer.lr is 0.001 in the recipe; 60 updates from 1e-06 up, until the loss diverged at 0.8. Suggested: "

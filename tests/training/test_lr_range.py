@@ -8,9 +8,11 @@ from torch import nn
 
 from zoo.data.manifest import load_dataset
 from zoo.errors import ZooError
+from zoo.training.loop import train
 from zoo.training.lr_range import HIGH, LOW, lr_range, smooth
 from zoo.training.lr_range import _found as found_in
 from zoo.training.plan import make_plan
+from zoo.training.step import NonFiniteLossError
 
 
 @pytest.mark.slow
@@ -106,6 +108,15 @@ def test_smoothing_has_no_lag_and_no_outliers():
     straight = [float(number) for number in range(30)]
     np.testing.assert_allclose(smooth(straight)[10:20], straight[10:20], rtol=1e-3)
     assert smooth([1.0] * 10 + [50.0] + [1.0] * 10) == [1.0] * 21
+
+
+@pytest.mark.parametrize("overrides", [{}, {"strategy": "linear-probe", "policy": "none"}])
+def test_where_no_loss_is_finite_it_is_said_as_training_says_it(tiny, make_recipe, overrides):
+    recipe = make_recipe(std=[1e-39, 1e-39, 1e-39], **overrides)
+    with pytest.raises(NonFiniteLossError, match=r"^the loss was not finite at the lowest learning rate of the test"):
+        lr_range(make_plan(recipe, "tiny", 0, tiny))
+    with pytest.raises(NonFiniteLossError, match=r"^the loss was not finite in epoch 1"):
+        train(recipe, "tiny", 0, tiny)
 
 
 def test_mistakes_are_said(tiny, make_recipe):

@@ -80,7 +80,8 @@ def plot_lr_range(found: LrRange, title: str = "") -> Figure:
 
 def lr_range_text(found: LrRange) -> str:
     """Return what a range test says, in a sentence or two."""
-    own = f"{found.key} is {found.own:.2g} in the recipe; {len(found.lrs)} updates from {found.lrs[0]:.0e} up, until "
+    updates = f"{len(found.lrs)} update{'s' if len(found.lrs) != 1 else ''}"
+    own = f"{found.key} is {found.own:.2g} in the recipe; {updates} from {found.lrs[0]:.0e} up, until "
     if found.suggested is None or found.steepest is None or found.lowest is None:
         return f"{own}{found.stopped}. The loss never fell clearly, so there is nothing to suggest: see the figure"
     return (

@@ -27,7 +27,7 @@ from zoo.training.loss import make_criterion
 from zoo.training.memory import is_out_of_memory
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan, choose_device, choose_plan, choose_workers, set_threads
-from zoo.training.step import Updater, step_seed
+from zoo.training.step import NonFiniteLossError, Updater, step_seed
 from zoo.training.strategy import (
     DEFAULT_HEAD_LR,
     Phase,
@@ -76,7 +76,8 @@ def lr_range(plan: Plan, updates: int = UPDATES, on_tick: OnTick | None = None) 
 
     Optimiser, loss, augmentation and batch are the recipe's own; a head that the recipe trains first is trained first.
     A linear probe's rate is that of its head. Only training images are looked at, and nothing is written but caches.
-    The same plan gives the same losses. Raises ZooError where the data cannot be read or the memory does not suffice.
+    The same plan gives the same losses. Raises ZooError where the data cannot be read or the memory does not suffice,
+    and NonFiniteLossError where the first loss already is no number.
     """
     if updates < 2 * _LEAST:
         raise ZooError(f"a range test needs at least {2 * _LEAST} updates. Got {updates}")
@@ -208,6 +209,11 @@ class _Test:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             loss = update(number)
+            if not number and not math.isfinite(loss):
+                raise NonFiniteLossError(
+                    f"the loss was not finite at the lowest learning rate of the test, {lr:.0e}, so that no rate mends "
+                    "it; check model.mean, model.std and the weights, or set precision=float32"
+                )
             if not math.isfinite(loss):
                 stopped = f"the loss was no number at {lr:.2g}"
                 break
