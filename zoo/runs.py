@@ -56,7 +56,11 @@ class Preprocessing(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """`run.json`: written last, so that its presence with status `finished` means a whole run."""
+    """`run.json`: written last, so that its presence with status `finished` means a whole run.
+
+    best_epoch: of all epochs the best on val, whose weights are kept unless averaged_epochs names the epochs of which
+    they are the mean. made_of: the runs of which a soup is the mean, or the one that is scored over views.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -82,6 +86,7 @@ class RunRecord(BaseModel):
     params_trained: int | None = None
     epochs: int | None = None
     best_epoch: int | None = None
+    averaged_epochs: list[int] = []
     train_s: float | None = None
     images_per_s: float | None = None
     images: dict[str, int] = {}

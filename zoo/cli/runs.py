@@ -129,6 +129,8 @@ def _print(run: Run, json: bool) -> None:
                 "train_s": record.train_s,
                 "images_per_s": record.images_per_s,
                 "best_epoch": record.best_epoch,
+                "averaged_epochs": record.averaged_epochs,
+                "made_of": record.made_of,
                 "epochs": record.epochs,
                 "precision": record.precision,
                 "threads": record.threads,
@@ -144,7 +146,7 @@ def _print(run: Run, json: bool) -> None:
     print_table(["metric", "val"], rows, run.name, numbers=("val",))
     out = console()
     out.print(
-        f"kept epoch {record.best_epoch} of {record.epochs}; {record.train_s:.1f} s; {_precision(record)}; {run.path}",
+        f"kept {_kept(record)}; {record.train_s:.1f} s; {_precision(record)}; {run.path}",
         markup=False,
         soft_wrap=True,
     )
@@ -154,6 +156,16 @@ def _print(run: Run, json: bool) -> None:
         out.print(f"note: {note}", markup=False)
     for split, paths in record.images_skipped.items():
         out.print(f"left out of {split}: {len(paths)} unreadable images", markup=False)
+
+
+def _kept(record: RunRecord) -> str:
+    """Return in words of what the weights are."""
+    if len(record.made_of) > 1:
+        return f"the average of runs {', '.join(record.made_of)}"
+    if len(record.averaged_epochs) > 1:
+        return f"the average of epochs {', '.join(map(str, record.averaged_epochs))} of {record.epochs}"
+    epoch = record.averaged_epochs[0] if record.averaged_epochs else record.best_epoch
+    return f"epoch {epoch} of {record.epochs}"
 
 
 def _precision(record: RunRecord) -> str:

@@ -50,8 +50,9 @@ class CardFacts:
       `zoo.evaluation.calibration_error.reliability`); `test`: the same keys of the run's test logits, or None.
     - rules_on_val: `set_coverage`, `mean_set_size`, `answered` (share not referred), `error_answered`: of val, on which
       the rules were chosen.
-    - weights_licence: as the registry states it. training: `recipe`, `strategy`, `epochs`, `best_epoch`, `train_s`,
-      `device`, `precision`, `params`, `params_trained`, `made_of`, `notes`, `weights` (what training began from).
+    - weights_licence: as the registry states it. training: `recipe`, `strategy`, `epochs`, `best_epoch`,
+      `averaged_epochs`, `train_s`, `device`, `precision`, `params`, `params_trained`, `made_of`, `notes`, `weights`
+      (what training began from).
     - versions: package to version, of training. exporter: as in `bundle.json`.
     - looks_at_test: how often any run was scored on this test split, None where the ledger does not say.
     - intended_use, limits: sentences.
@@ -220,9 +221,9 @@ def _licence(run: RunRecord) -> str:
 
 
 def _training(run: RunRecord) -> dict[str, Any]:
-    names = ("recipe", "strategy", "epochs", "best_epoch", "train_s", "device", "params", "params_trained", "made_of")
+    names = ("recipe", "strategy", "epochs", "best_epoch", "averaged_epochs", "train_s", "device", "params")
     return {
-        **{name: getattr(run, name) for name in names},
+        **{name: getattr(run, name) for name in (*names, "params_trained", "made_of")},
         "precision": run.precision.get("name", run.precision.get("dtype", "")),
         "notes": run.notes,
         "weights": weights_told(run),

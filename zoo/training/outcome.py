@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def finish(trainer: Trainer, model: nn.Module, note: str) -> None:
     """Write what a run leaves, the record last; then remove its checkpoint. note: what is to be said of its head."""
     run, progress, precision = trainer.plan.run, trainer.progress, trainer.precision
-    averaged = _average(trainer, model)
+    averaged, said = _average(trainer, model)
     sha256 = save_tensors(run.weights_file, trainer.best)
     trainer.write_history()
     splits = {"train": trainer.train_pixels, "val": trainer.val_pixels}
@@ -35,6 +35,7 @@ def finish(trainer: Trainer, model: nn.Module, note: str) -> None:
         params_trained=_params_trained(model, trainer.recipe),
         epochs=progress.history[-1]["epoch"],  # fewer than planned where patience ended the head
         best_epoch=progress.best_epoch,
+        averaged_epochs=averaged,
         train_s=round(progress.train_s, 3),
         images_per_s=round(progress.images_seen / progress.step_s, 2) if progress.step_s > 0 else None,
         images={split: len(pixels) for split, pixels in splits.items()},
@@ -45,19 +46,22 @@ def finish(trainer: Trainer, model: nn.Module, note: str) -> None:
         processes=trainer.group.world,
         versions=versions(),
         weights_sha256=sha256,
-        notes=[*([note] if note else []), *_notes(trainer), *averaged],
+        notes=[*([note] if note else []), *_notes(trainer), *said],
     )
     write_scores(run, record, trainer.val_pixels, "val", trainer.best_logits)
     run.write_record(record)
     remove_checkpoints(trainer.folder)
 
 
-def _average(trainer: Trainer, model: nn.Module) -> list[str]:
-    """Take the average of epochs where val scores it no worse than the best of them; return what is to be said."""
+def _average(trainer: Trainer, model: nn.Module) -> tuple[list[int], list[str]]:
+    """Take the average of epochs where val scores it no worse than the best of them.
+
+    Return of which epochs it was taken, none where it was not, and what is to be said.
+    """
     method, metric = trainer.recipe.average.method, trainer.recipe.finetune.metric
     names = sorted(key for key in trainer.kept if key.startswith("average-"))
     if not names:
-        return []
+        return [], []
     pixels = trainer.train_pixels, trainer.val_pixels
     scorer = StateScorer(trainer.plan, model, *pixels, trainer.precision, trainer.device)
     epochs = {name: int(name.removeprefix("average-")) for name in names}
@@ -65,14 +69,15 @@ def _average(trainer: Trainer, model: nn.Module) -> list[str]:
     loads = {name: functools.partial(load_file, trainer.folder / trainer.kept[name].file) for name in names}
     values = {name: by_epoch[epoch] for name, epoch in epochs.items()}
     chosen, value = average_epochs(scorer, method, loads, values, metric)
-    said = f"{method} of epochs {', '.join(str(epochs[name]) for name in sorted(chosen))}: val {metric} {value:.4f}"
+    taken = sorted(epochs[name] for name in chosen)
+    said = f"{method} of epochs {', '.join(map(str, taken))}: val {metric} {value:.4f}"
     best, sign = trainer.progress.best_value, METRIC_SIGN.get(metric, 1)
     if best is not None and not (math.isfinite(value) and sign * value >= sign * best):
-        return [f"{said}, worse than epoch {trainer.progress.best_epoch}'s {best:.4f}, which is kept"]
+        return [], [f"{said}, worse than epoch {trainer.progress.best_epoch}'s {best:.4f}, which is kept"]
     logits = scorer.logits(scorer.state(), averaged=False)
     trainer.score({"epoch": trainer.progress.epoch}, logits)
     trainer.best, trainer.best_logits = scorer.state(), logits
-    return [f"{said}, kept in place of epoch {trainer.progress.best_epoch}"]
+    return taken, [f"{said}, kept in place of epoch {trainer.progress.best_epoch}"]
 
 
 def _notes(trainer: Trainer) -> list[str]:
