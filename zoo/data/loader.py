@@ -300,10 +300,15 @@ class TrainBatches:
         self._batches.close()
 
 
-def fixed_batches(pixels: Pixels, image_size: int, batch_size: int) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """Yield a split's images, centre-cropped, in manifest order: uint8 arrays of shape (B, size, size, 3)."""
+def fixed_batches(
+    pixels: Pixels, image_size: int, batch_size: int, start: int = 0
+) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """Yield a split's images, centre-cropped, in manifest order: uint8 arrays of shape (B, size, size, 3).
+
+    start: the image that the first batch begins with.
+    """
     from zoo.data.transforms import center_crop
 
-    for start in range(0, len(pixels), batch_size):
-        stop = min(start + batch_size, len(pixels))
-        yield np.stack([center_crop(pixels[place], image_size) for place in range(start, stop)])
+    for first in range(start, len(pixels), batch_size):
+        last = min(first + batch_size, len(pixels))
+        yield np.stack([center_crop(pixels[place], image_size) for place in range(first, last)])

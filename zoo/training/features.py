@@ -25,7 +25,7 @@ from zoo.training.environment import device_name
 from zoo.training.memory import in_pieces
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan, recorded_plan
-from zoo.training.stored import Stored, read_stored, store_once
+from zoo.training.stored import Add, Stored, read_stored, store_once
 
 FORWARD_BATCH = 64
 FEATURES_VERSION = 2
@@ -93,6 +93,7 @@ def _each_batch(
     device: torch.device,
     take: Callable[[torch.Tensor | None, torch.Tensor], None],
     on_batch: OnBatch | None,
+    start: int = 0,
 ) -> None:
     """Hand the features and logits of every batch, or of its pieces, to `take`, float32 on the CPU."""
     caught: list[torch.Tensor] = []
@@ -112,10 +113,10 @@ def _each_batch(
     except ZooError:
         pass  # a network without one final classifier can still be scored
     model.eval()
-    done = 0
+    done = start
     try:
         with torch.inference_mode(), plan.autocast(device):
-            for batch in fixed_batches(pixels, preprocessing.image_size, FORWARD_BATCH):
+            for batch in fixed_batches(pixels, preprocessing.image_size, FORWARD_BATCH, start):
                 for features, logits in in_pieces(model, batch, forward):
                     take(features, logits)
                 done += len(batch)
@@ -148,19 +149,19 @@ def split_features(
     name, _ = classifier_of(model)
     y_true = torch.from_numpy(pixels.y_true.copy())
 
-    def compute(add: Callable[[torch.Tensor], None]) -> dict[str, Any]:
-        started = time.perf_counter()
-        whole = _features_of(model, pixels, _facts(plan)["preprocessing"], precision, device, add, on_batch)
-        return {"whole": whole, "seconds": time.perf_counter() - started}
+    def compute(add: Add, start: int) -> None:
+        _features_of(model, pixels, _facts(plan)["preprocessing"], precision, device, add, on_batch, start)
 
     if not are_kept(plan):
-        caught: list[torch.Tensor] = []
-        facts = compute(caught.append)
-        return Features(torch.cat(caught), y_true, facts["seconds"], facts["whole"])
+        caught: list[tuple[torch.Tensor, bool]] = []
+        started = time.perf_counter()
+        compute(lambda values, whole: caught.append((values, whole)), 0)
+        seconds, values = time.perf_counter() - started, torch.cat([each for each, _ in caught])
+        return Features(values, y_true, seconds, all(whole for _, whole in caught))
     backbone = backbone_digest(model.state_dict(), name)
     file = pixels.file.parent / array_name("features", split, backbone, pixels, plan, precision, device)
     tell = on_batch or (lambda done, total: None)
-    return _from(store_once(file, len(pixels), compute, lambda: tell(0, len(pixels))), y_true)
+    return _from(store_once(file, len(pixels), compute, lambda: tell(0, len(pixels)), FORWARD_BATCH), y_true)
 
 
 def kept_features(
@@ -257,32 +258,30 @@ def _features_of(
     preprocessing: Preprocessing,
     precision: PrecisionPlan,
     device: torch.device,
-    add: Callable[[torch.Tensor], None],
+    add: Add,
     on_batch: OnBatch | None,
-) -> bool:
-    """Hand over the features of every batch; return whether the classifier's outputs were the logits in all of them.
+    start: int,
+) -> None:
+    """Hand over the features of every batch from an image on, and whether the classifier's outputs were the logits.
 
     A fresh classifier is zero, which would prove nothing: it is random while the pass goes on.
     """
     _, classifier = classifier_of(model)
     tolerance = 1e-4 if precision.dtype == "float32" else 2e-2
-    whole = True
 
     def take(features: torch.Tensor | None, logits: torch.Tensor) -> None:
-        nonlocal whole
         if features is None:
             raise ZooError(
                 f"{type(model).__name__} uses its classifier more than once for an image, so that no head can be "
                 "trained on its input; use finetune.strategy = 'full', or choose another model"
             )
         own = _flat(classifier(features.to(device))).float().cpu()
-        whole = whole and own.shape == logits.shape
-        whole = whole and float((own - logits).abs().max()) <= tolerance * float(logits.abs().max())
-        add(features)
+        alike = own.shape == logits.shape
+        alike = alike and float((own - logits).abs().max()) <= tolerance * float(logits.abs().max())
+        add(features, alike)
 
     with _random_head(classifier):
-        _each_batch(model, pixels, preprocessing, precision, device, take, on_batch)
-    return whole
+        _each_batch(model, pixels, preprocessing, precision, device, take, on_batch, start)
 
 
 @contextmanager
