@@ -12,16 +12,16 @@ import torch
 
 from zoo.data.room import GB, caches_of, make_room
 from zoo.errors import ZooError
+from zoo.training import stored
 from zoo.training.stored import read_stored, store_once
 
 VALUES = torch.randn(5, 4, 3, 2, generator=torch.Generator().manual_seed(0))
 
 
-def store(file: Path, values: torch.Tensor, **facts):
-    def compute(add):
-        for part in torch.split(values, 2):
-            add(part)
-        return facts
+def store(file: Path, values: torch.Tensor, whole: bool = True):
+    def compute(add, start):
+        for part in torch.split(values[start:], 2):
+            add(part, whole)
 
     return store_once(file, len(values), compute)
 
@@ -38,7 +38,7 @@ def store(file: Path, values: torch.Tensor, **facts):
     ],
 )
 def test_an_array_comes_back_as_it_was(tmp_path, values):
-    made, read = store(tmp_path / "a.npy", values, whole=True), read_stored(tmp_path / "a.npy", 5)
+    made, read = store(tmp_path / "a.npy", values), read_stored(tmp_path / "a.npy", 5)
     assert read is not None
     for each in (made, read):
         assert each.values.dtype == values.dtype and torch.equal(each.values, values)
@@ -72,7 +72,7 @@ def test_damage_of_any_kind_is_no_array(tmp_path):
 
 def test_too_few_rows_are_a_fault_and_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="2 rows were written where 5 were promised"):
-        store_once(tmp_path / "a.npy", 5, lambda add: add(VALUES[:2]) or {})
+        store_once(tmp_path / "a.npy", 5, lambda add, _: add(VALUES[:2], True))
     assert not list(tmp_path.glob("*a.npy*"))
 
 
@@ -83,12 +83,11 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
 
 
 def slowly(folder: str) -> list[float]:
-    def compute(add):
+    def compute(add, start):
         with (Path(folder) / "computed.txt").open("a") as stream:
             stream.write("once\n")
         time.sleep(1.5)
-        add(VALUES)
-        return {}
+        add(VALUES, True)
 
     return store_once(Path(folder) / "a.npy", 5, compute).values.flatten().tolist()
 
@@ -112,13 +111,13 @@ def test_who_waits_is_told_and_may_leave(tmp_path):
             raise KeyboardInterrupt
 
     with FileLock(tmp_path / ".a.lock"), pytest.raises(KeyboardInterrupt):
-        store_once(tmp_path / "a.npy", 5, lambda add: add(VALUES) or {}, on_wait)
+        store_once(tmp_path / "a.npy", 5, lambda add, _: add(VALUES, True), on_wait)
     assert len(told) == 3
 
 
 def killed(folder: str) -> None:
-    def compute(add):
-        add(VALUES[:2])
+    def compute(add, start):
+        add(VALUES[:2], True)
         os.kill(os.getpid(), signal.SIGKILL)
 
     store_once(Path(folder) / "a.npy", 5, compute)
@@ -133,6 +132,73 @@ def test_what_a_killed_process_has_begun_is_removed(tmp_path):
     assert len(list(tmp_path.glob(".a.npy.*"))) == 1
     assert torch.equal(store(tmp_path / "a.npy", VALUES).values, VALUES)
     assert sorted(each.name for each in tmp_path.iterdir()) == [".a.lock", "a.json", "a.npy"]
+
+
+MANY = torch.randn(23, 6, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def in_batches(last: int, began: list[int], how: str = "", whole: bool = True):
+    """A pass of batches of 4, each in two pieces, that is ended before the batch that begins at `last`."""
+
+    def compute(add, start):
+        began.append(start)
+        for first in range(start, len(MANY), 4):
+            if first == last and how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if first == last:
+                raise KeyboardInterrupt
+            for part in torch.split(MANY[first : first + 4], 3):
+                add(part, whole and first != 8)
+
+    return compute
+
+
+def killed_later(folder: str) -> None:
+    stored.PART_S = 0.0
+    store_once(Path(folder) / "a.npy", 23, in_batches(12, [], "killed"), every=4)
+
+
+@pytest.mark.slow
+def test_a_pass_that_is_killed_goes_on_where_it_was(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=killed_later, args=(str(tmp_path),))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert sorted(each.name for each in tmp_path.glob("a-part*")) == [
+        f"a-part{number}.{kind}" for number in range(3) for kind in ("json", "npy")
+    ]
+    began: list[int] = []
+    with pytest.raises(KeyboardInterrupt):  # what comes after it is kept at the end: a minute has not gone by
+        store_once(tmp_path / "a.npy", 23, in_batches(20, began), every=4)
+    made = store_once(tmp_path / "a.npy", 23, in_batches(99, began), every=4)
+    assert began == [12, 20]
+    assert torch.equal(made.values, MANY) and made.facts["whole"] is False and made.facts["seconds"] > 0
+    assert read_stored(tmp_path / "a.npy", 23) is not None
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".a.lock", "a.json", "a.npy"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone", "another"])
+def test_parts_that_are_not_good_are_computed_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(stored, "PART_S", 0.0)
+    began: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        store_once(tmp_path / "a.npy", 23, in_batches(20, began), every=4)
+    second = tmp_path / "a-part1.npy"
+    if damage == "flipped":
+        second.write_bytes(second.read_bytes()[:-1] + b"\x7f")
+    elif damage == "gone":
+        second.unlink()
+    else:
+        for kind in (".npy", ".json"):
+            (tmp_path / f"a-part3{kind}").replace(second.with_suffix(kind))
+    made = store_once(tmp_path / "a.npy", 23, in_batches(99, began), every=4)
+    assert began == [0, 4] and torch.equal(made.values, MANY)
+
+
+def test_without_room_for_parts_the_pass_itself_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "PART_S", 0.0)
+    (tmp_path / "a-part0.npy").mkdir()
+    assert torch.equal(store_once(tmp_path / "a.npy", 23, in_batches(99, []), every=4).values, MANY)
 
 
 def test_arrays_leave_for_want_of_room_but_not_while_they_are_mapped(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from zoo.training.features import FORWARD_BATCH, OnBatch, array_name, digest_ten
 from zoo.training.memory import give_back, in_pieces, is_out_of_memory
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan
-from zoo.training.stored import Stored, store_once
+from zoo.training.stored import Add, Stored, store_once
 
 Places = Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
 
@@ -129,16 +129,15 @@ class Boundary:
             images = normalise_tensor(torch.from_numpy(batch).to(device), plan.preprocessing)
             return _output(model, self.module, precision.place(images))
 
-        def compute(add: Callable[[torch.Tensor], None]) -> dict[str, Any]:
-            size, done = plan.preprocessing.image_size, 0
+        def compute(add: Add, start: int) -> None:
+            size, done = plan.preprocessing.image_size, start
             with torch.inference_mode(), precision.autocast(device):
-                for batch in fixed_batches(pixels, size, FORWARD_BATCH):
+                for batch in fixed_batches(pixels, size, FORWARD_BATCH, start):
                     for found in in_pieces(model, batch, forward):
-                        add(found)
+                        add(found, True)
                     done += len(batch)
                     if on_batch is not None:
                         on_batch(done, len(pixels))
-            return {}
 
         tell = on_batch or (lambda done, total: None)
         with _evaluating(model):

@@ -25,7 +25,7 @@ from zoo.training.environment import device_name
 from zoo.training.memory import in_pieces
 from zoo.training.plan import Plan
 from zoo.training.precision import PrecisionPlan, recorded_plan
-from zoo.training.stored import Stored, read_stored, store_once
+from zoo.training.stored import Add, Stored, read_stored, store_once
 
 FORWARD_BATCH = 64
 FEATURES_VERSION = 2
@@ -93,6 +93,7 @@ def _each_batch(
     device: torch.device,
     take: Callable[[torch.Tensor | None, torch.Tensor], None],
     on_batch: OnBatch | None,
+    start: int = 0,
 ) -> None:
     """Hand the features and logits of every batch, or of its pieces, to `take`, float32 on the CPU."""
     caught: list[torch.Tensor] = []
@@ -112,10 +113,10 @@ def _each_batch(
     except ZooError:
         pass  # a network without one final classifier can still be scored
     model.eval()
-    done = 0
+    done = start
     try:
         with torch.inference_mode(), plan.autocast(device):
-            for batch in fixed_batches(pixels, preprocessing.image_size, FORWARD_BATCH):
+            for batch in fixed_batches(pixels, preprocessing.image_size, FORWARD_BATCH, start):
                 for features, logits in in_pieces(model, batch, forward):
                     take(features, logits)
                 done += len(batch)
@@ -148,19 +149,19 @@ def split_features(
     name, _ = classifier_of(model)
     y_true = torch.from_numpy(pixels.y_true.copy())
 
-    def compute(add: Callable[[torch.Tensor], None]) -> dict[str, Any]:
-        started = time.perf_counter()
-        whole = _features_of(model, pixels, _facts(plan)["preprocessing"], precision, device, add, on_batch)
-        return {"whole": whole, "seconds": time.perf_counter() - started}
+    def compute(add: Add, start: int) -> None:
+        _features_of(model, pixels, _facts(plan)["preprocessing"], precision, device, add, on_batch, start)
 
     if not are_kept(plan):
-        caught: list[torch.Tensor] = []
-        facts = compute(caught.append)
-        return Features(torch.cat(caught), y_true, facts["seconds"], facts["whole"])
+        caught: list[tuple[torch.Tensor, bool]] = []
+        started = time.perf_counter()
+        compute(lambda values, whole: caught.append((values, whole)), 0)
+        seconds, values = time.perf_counter() - started, torch.cat([each for each, _ in caught])
+        return Features(values, y_true, seconds, all(whole for _, whole in caught))
     backbone = backbone_digest(model.state_dict(), name)
     file = pixels.file.parent / array_name("features", split, backbone, pixels, plan, precision, device)
     tell = on_batch or (lambda done, total: None)
-    return _from(store_once(file, len(pixels), compute, lambda: tell(0, len(pixels))), y_true)
+    return _from(store_once(file, len(pixels), compute, lambda: tell(0, len(pixels)), FORWARD_BATCH), y_true)
 
 
 def kept_features(
@@ -257,32 +258,30 @@ def _features_of(
     preprocessing: Preprocessing,
     precision: PrecisionPlan,
     device: torch.device,
-    add: Callable[[torch.Tensor], None],
+    add: Add,
     on_batch: OnBatch | None,
-) -> bool:
-    """Hand over the features of every batch; return whether the classifier's outputs were the logits in all of them.
+    start: int,
+) -> None:
+    """Hand over the features of every batch from an image on, and whether the classifier's outputs were the logits.
 
     A fresh classifier is zero, which would prove nothing: it is random while the pass goes on.
     """
     _, classifier = classifier_of(model)
     tolerance = 1e-4 if precision.dtype == "float32" else 2e-2
-    whole = True
 
     def take(features: torch.Tensor | None, logits: torch.Tensor) -> None:
-        nonlocal whole
         if features is None:
             raise ZooError(
                 f"{type(model).__name__} uses its classifier more than once for an image, so that no head can be "
                 "trained on its input; use finetune.strategy = 'full', or choose another model"
             )
-        own = classifier(features.to(device)).float().cpu()
-        whole = whole and own.shape == logits.shape
-        whole = whole and float((own - logits).abs().max()) <= tolerance * float(logits.abs().max())
-        add(features)
+        own = _flat(classifier(features.to(device))).float().cpu()
+        alike = own.shape == logits.shape
+        alike = alike and float((own - logits).abs().max()) <= tolerance * float(logits.abs().max())
+        add(features, alike)
 
     with _random_head(classifier):
-        _each_batch(model, pixels, preprocessing, precision, device, take, on_batch)
-    return whole
+        _each_batch(model, pixels, preprocessing, precision, device, take, on_batch, start)
 
 
 @contextmanager
@@ -315,12 +314,27 @@ def head_logits(
         parts = [
             logits
             for batch in torch.split(features.values, FORWARD_BATCH)
-            for logits in in_pieces(classifier, batch, lambda part: classifier(part.to(device)).float().cpu())
+            for logits in in_pieces(classifier, batch, lambda part: _flat(classifier(part.to(device))).float().cpu())
         ]
     return torch.cat(parts)
 
 
 # The head -----------------------------------------------------------------------------------------------------------
+
+
+def _flat(values: torch.Tensor) -> torch.Tensor:
+    """Return (B, C) of (B, C, 1, 1), which some networks' classifiers, 1 x 1 convolutions, take and give."""
+    return values.flatten(1) if values.ndim == 4 and values.shape[2:] == (1, 1) else values
+
+
+def _as_linear(classifier: nn.Module) -> nn.Module:
+    """Return the linear layer that a 1 x 1 convolution of 1 x 1 maps is, with its weights; others as they are."""
+    if not isinstance(classifier, nn.Conv2d) or classifier.kernel_size != (1, 1) or classifier.groups != 1:
+        return classifier
+    linear = nn.Linear(classifier.in_channels, classifier.out_channels, bias=classifier.bias is not None)
+    state = {key: value.flatten(1) if value.ndim == 4 else value for key, value in classifier.state_dict().items()}
+    linear.load_state_dict(state)
+    return linear
 
 
 class StandardisedHead(nn.Module):
@@ -335,9 +349,12 @@ class StandardisedHead(nn.Module):
 
     def __init__(self, classifier: nn.Module, values: torch.Tensor) -> None:
         super().__init__()
-        self.classifier = classifier
-        self.scaled = isinstance(classifier, nn.Linear) and values.ndim == 2
+        flat = _flat(values[:1]).ndim == 2
+        self.convolution = isinstance(classifier, nn.Conv2d)
+        self.classifier = classifier = _as_linear(classifier) if flat else classifier
+        self.scaled = isinstance(classifier, nn.Linear) and flat
         if isinstance(classifier, nn.Linear) and self.scaled:
+            values = _flat(values)
             scale, mean = values.var(0, correction=0).mean().sqrt(), values.mean(0)
             scale = scale if float(scale) > 1e-12 else torch.ones(())
             self.register_buffer("mean", mean)
@@ -349,9 +366,8 @@ class StandardisedHead(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Return logits (B, classes) of features (B, ...)."""
-        scaled = (values - self.mean) / self.scale if self.scaled else values
-        logits: torch.Tensor = self.classifier(scaled)
-        return logits
+        scaled = (_flat(values) - self.mean) / self.scale if self.scaled else values
+        return _flat(self.classifier(scaled))
 
     def fold(self) -> dict[str, torch.Tensor]:
         """Return the classifier's state dict for features that are not scaled."""
@@ -359,12 +375,14 @@ class StandardisedHead(nn.Module):
         if self.scaled:
             state["weight"] = state["weight"] / self.scale
             state["bias"] = state["bias"] - state["weight"] @ self.mean
+            if self.convolution:
+                state["weight"] = state["weight"][..., None, None]
         return state
 
 
 def load_grown(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Load a state dict, giving a bias to a classifier that had none before its features were centred."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.bias is None and f"{name}.bias" in state:
-            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is None and f"{name}.bias" in state:
+            module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)))
     model.load_state_dict(state)
