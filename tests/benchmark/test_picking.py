@@ -6,7 +6,7 @@ import pytest
 
 import zoo
 from zoo.benchmark.comparisons import compare
-from zoo.benchmark.offers import best_seeds
+from zoo.benchmark.offers import best_seeds, set_apart
 from zoo.benchmark.picking import Wish, outcome, pick
 from zoo.data.manifest import load_dataset
 from zoo.deployment.bundle import list_bundles, open_bundle
@@ -14,13 +14,20 @@ from zoo.deployment.export import export
 from zoo.errors import ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import read_predictions
-from zoo.files import read_json, write_json
+from zoo.files import read_json, read_toml, write_json, write_toml
 from zoo.runs import list_runs
 from zoo.training.scoring import predictions_of
 
 
 def looks(root):
     return len(root.ledger.read_text().splitlines()) if root.ledger.is_file() else 0
+
+
+def edit_dataset(root, **changes):
+    """Change keys of the dataset's own record, as a person does with an editor."""
+    file = root.data / "tiny" / "dataset.toml"
+    write_toml(file, read_toml(file) | changes)
+    return load_dataset("tiny", root)
 
 
 def test_pick_is_public():
@@ -106,6 +113,39 @@ def test_seeds_are_compared_by_the_class_that_is_healthy_now(trained):
             said[run.name] = (-found["specificity"], run.record.seed)
         chosen, _, _ = best_seeds(runs, "specificity", replace(dataset, negative_class=negative))
         assert [run.name for run in chosen] == [min(said, key=said.__getitem__)]
+
+
+@pytest.mark.slow
+def test_a_run_whose_classes_stand_in_another_order_is_left_out_with_its_reason(bundled):
+    [name] = list_bundles(bundled)
+    turned = load_dataset("tiny", bundled).classes[::-1]
+    runs = list_runs(bundled)
+    for run in runs:  # of the same recipe there is another seed, whose bundle is not there
+        if run.name != open_bundle(name, bundled).record.run:
+            run.write_record(run.record.model_copy(update={"classes": turned}))
+    found = outcome("tiny", Wish(), bundled, test=False)
+    rows = {row["name"]: row for row in found.document["candidates"]}
+    assert found.pick.bundle.name == name and len(rows) == 3 == len(runs)
+    assert not any("other seeds" in note for note in found.document["notes"])
+    for row in rows.values():
+        assert row["name"] == name or "stand in another order" in row["reason"]
+
+    dataset = edit_dataset(bundled, classes=turned)  # now it is the bundle whose logits stand in the old order
+    alike, apart = set_apart(runs, dataset)
+    assert [each.name for each in alike] == [run.name for run in runs if run.name != found.pick.run.name]
+    assert [each.name for each in apart] == [found.pick.run.name]
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_where_no_run_has_the_classes_in_order_one_line_says_so(trained, by_name):
+    edit_dataset(trained, classes=load_dataset("tiny", trained).classes[::-1])
+    with pytest.raises(ZooError) as error:
+        pick("tiny" if by_name else list_runs(trained), trained)
+    assert str(error.value).startswith("there is no run to pick from, of 3: the classes of 'tiny' stand in another")
+    assert "normal, malignant, benign, then benign, malignant, normal; set the old ones in dataset.toml" in str(
+        error.value
+    )
+    assert "\n" not in str(error.value) and list_bundles(trained) == []
 
 
 @pytest.mark.slow

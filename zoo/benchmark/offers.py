@@ -9,7 +9,7 @@ from typing import Any
 from zoo.data.cache import open_pixels
 from zoo.data.manifest import Dataset
 from zoo.deployment.bundle import Bundle, list_bundles, open_bundle, read_record
-from zoo.deployment.export import export, exports_folder, scores
+from zoo.deployment.export import class_fault, export, exports_folder, scores
 from zoo.deployment.parity import artefact_predictions
 from zoo.deployment.speed import subject_of
 from zoo.errors import Interrupted, ZooError, one_line
@@ -39,6 +39,23 @@ class Offer:
     val: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def set_apart(runs: Sequence[Run], dataset: Dataset) -> tuple[list[Run], list[Offer]]:
+    """Return the runs whose outputs are the dataset's classes, in order, and an offer with its reason for each other.
+
+    Of the others the logits stand in another order than the labels. Raises ZooError where no run is left.
+    """
+    alike, apart = [], []
+    for run in runs:
+        fault = class_fault(run, dataset)
+        if fault is None:
+            alike.append(run)
+        else:
+            apart.append(Offer(run.name, run, reason=fault, facts=_facts_of_run(run)))
+    if apart and not alike:
+        raise ZooError(f"there is no run to pick from, of {len(apart)}: {apart[0].reason}")
+    return alike, apart
 
 
 def best_seeds(runs: Sequence[Run], metric: str, dataset: Dataset) -> tuple[list[Run], list[Offer], list[str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.benchmark.offers import Offer, best_seeds, gather, score_test, without_run
+from zoo.benchmark.offers import Offer, best_seeds, gather, score_test, set_apart, without_run
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.deployment.bundle import Bundle
 from zoo.deployment.latency import check_threads, latencies
@@ -137,7 +137,7 @@ def pick(
     ledger before. progress: called with a step's name, what is done and in all.
 
     Raises ZooError, with the nearest misses, where nothing keeps the limits; and for runs that are of different
-    splits, or not of the dataset's present one.
+    splits or not of the dataset's present one, or none of which has its present classes in order.
     """
     wish = Wish(max_latency_ms, max_size_mb, max_memory_mb, minimums or {}, margin, metric, cost, percentile)
     found = outcome(source, wish, root, threads=threads, again=again, test=test, progress=progress)
@@ -183,9 +183,10 @@ def outcome(
     dataset, runs, failed = _runs(source, root)
     limits = wish.limits(dataset.classes, dataset.negative_class)
     check_threads(threads)
+    runs, apart = set_apart(runs, dataset)
     chosen_runs, broken, notes = best_seeds(runs, wish.metric, dataset)
     offers, more = gather(chosen_runs, runs, dataset, root, shown)
-    offers += broken + without_run(failed, {each.run.record.recipe for each in offers})
+    offers += apart + broken + without_run(failed, {each.run.record.recipe for each in offers})
     ready = [each for each in offers if each.bundle is not None]
     speeds = latencies(
         [each.bundle for each in ready if each.bundle is not None],

@@ -211,6 +211,18 @@ def _check_target(job: _Job) -> None:
         )
 
 
+def class_fault(run: Run, dataset: Dataset) -> str | None:
+    """Return why a run's outputs are not the dataset's classes, in order, and what mends it; None where they are."""
+    classes = run.record.classes
+    if dataset.classes == classes:
+        return None
+    return (
+        f"the classes of {dataset.name!r} stand in another order, or are others, than when run {run.name!r} was "
+        f"trained: {one_line(', '.join(dataset.classes), 100)}, then {one_line(', '.join(classes), 100)}; "
+        "set the old ones in dataset.toml, or delete the run's folder and train it again"
+    )
+
+
 def _dataset(run: Run, record: RunRecord, root: Home) -> Dataset:
     """Return the dataset of a run; raises ZooError unless it is the one that the run was trained on."""
     dataset = load_dataset(record.dataset, root, make_builtin=False)
@@ -219,12 +231,8 @@ def _dataset(run: Run, record: RunRecord, root: Home) -> Dataset:
             f"run {run.name!r} was trained on another split of {dataset.name!r} ({record.split_digest[:8]}, now "
             f"{dataset.split_digest[:8]}), so that its val images cannot judge the export; train it again"
         )
-    if dataset.classes != record.classes:
-        raise ZooError(
-            f"the classes of {dataset.name!r} stand in another order, or are others, than when run {run.name!r} was "
-            f"trained: {one_line(', '.join(dataset.classes), 100)}, then {one_line(', '.join(record.classes), 100)}; "
-            "set the old ones in dataset.toml, or train it again"
-        )
+    if fault := class_fault(run, dataset):
+        raise ZooError(fault)
     return dataset
 
 
