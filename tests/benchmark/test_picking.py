@@ -6,11 +6,11 @@ import pytest
 
 import zoo
 from zoo.benchmark.comparisons import compare
-from zoo.benchmark.offers import best_seeds, set_apart
+from zoo.benchmark.offers import best_seeds, gather, set_apart
 from zoo.benchmark.picking import Wish, outcome, pick
 from zoo.data.manifest import load_dataset
 from zoo.deployment.bundle import list_bundles, open_bundle
-from zoo.deployment.export import export
+from zoo.deployment.export import export, healthy_fault
 from zoo.errors import ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import read_predictions
@@ -146,6 +146,42 @@ def test_where_no_run_has_the_classes_in_order_one_line_says_so(trained, by_name
         error.value
     )
     assert "\n" not in str(error.value) and list_bundles(trained) == []
+
+
+@pytest.mark.slow
+def test_a_bundle_of_another_healthy_class_is_exported_anew_or_left_out(bundled):
+    [name] = list_bundles(bundled)
+    run = next(each for each in list_runs(bundled) if each.name == open_bundle(name, bundled).record.run)
+    export(run, bundled, name="mine")
+    dataset = edit_dataset(bundled, negative_class="benign")
+    offers, notes = gather([run], [run], dataset, bundled, lambda *_: None)
+    changed = "the class of the healthy was 'normal', and is now 'benign' in dataset.toml"
+    assert notes == [f"{name} was exported anew: {changed}"]
+    found = {each.name: each for each in offers}
+    assert found["mine"].reason == f"{changed}; export it again" and found["mine"].bundle is None
+    record = found[name].bundle.record
+    assert record.negative_class == open_bundle(name, bundled).record.negative_class == "benign"
+    metrics = compute_metrics(predictions_of(run, "val"), dataset.classes, "benign")
+    for metric in ("sensitivity", "specificity"):
+        assert found[name].val[metric] == record.val[metric] == metrics[metric]
+    again, notes = gather([run], [run], dataset, bundled, lambda *_: None)
+    assert notes == [] and {each.name: each.reason for each in again} == {each.name: each.reason for each in offers}
+
+
+@pytest.mark.parametrize(
+    "classes, then, now, words",
+    [
+        (["cancer", "normal"], None, "normal", "was 'cancer', and is now 'normal' in dataset.toml"),
+        (["cancer", "normal"], None, "cancer", None),  # of two the first, where none is named
+        (["cancer", "normal"], "cancer", None, None),
+        (["a", "b", "c"], "b", None, "was 'b', and is now none"),
+        (["a", "b", "c"], None, None, None),
+        (["a", "b", "c"], "x\ny", "a", "was 'x y', and is now 'a'"),  # of a foreign record
+    ],
+)
+def test_another_class_is_healthy_now(classes, then, now, words):
+    found = healthy_fault(classes, then, now)
+    assert found is None if words is None else words in found
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from typing import Any
 
 from zoo.data.cache import open_pixels
 from zoo.data.manifest import Dataset
-from zoo.deployment.bundle import Bundle, list_bundles, open_bundle, read_record
-from zoo.deployment.export import class_fault, export, exports_folder, scores
+from zoo.deployment.bundle import Bundle, BundleRecord, list_bundles, open_bundle, read_record
+from zoo.deployment.export import class_fault, export, exports_folder, healthy_fault, scores
 from zoo.deployment.parity import artefact_predictions
 from zoo.deployment.speed import subject_of
 from zoo.errors import Interrupted, ZooError, one_line
@@ -105,23 +105,27 @@ def gather(
 ) -> tuple[list[Offer], list[str]]:
     """Return what the chosen runs offer: their bundles, and one in ONNX float32 made where there is none; and notes.
 
-    What cannot be exported, opened or scored is an offer with a reason.
+    A bundle under the usual name that is of other weights, or of another class of the healthy, is made anew. What
+    cannot be exported, opened or scored is an offer with a reason.
     """
     found, passed_over = _bundles_of(chosen, runs, root)
-    offers = []
+    offers, notes = [], []
     for place, run in enumerate(chosen):
         progress("exporting", place, len(chosen))
-        plain = f"{run.name}--onnx-float32"
-        if plain not in found[run.name]:
+        plain, names = f"{run.name}--onnx-float32", set(found[run.name])
+        stale = _stale(read_record(root.bundles / plain), run, dataset) if plain in names else None
+        if stale or plain not in names:
             reason = _export(run, root)
-            if reason is not None:
-                offers.append(Offer(plain, run, reason=f"it could not be exported: {reason}", facts=_facts_of_run(run)))
+            if reason is None:
+                names.add(plain)
+                notes += [f"{one_line(plain)} was exported anew: {stale}"] if stale else []
             else:
-                found[run.name].append(plain)
-        offers += [_offer(name, run, dataset, root) for name in sorted(found[run.name])]
+                names.discard(plain)
+                offers.append(Offer(plain, run, reason=f"it could not be exported: {reason}", facts=_facts_of_run(run)))
+        offers += [_offer(name, run, dataset, root) for name in sorted(names)]
     progress("exporting", len(chosen), len(chosen))
     left = f"{passed_over} bundle{'s' if passed_over != 1 else ''} of other seeds passed over"
-    return offers, [left] if passed_over else []
+    return offers, [*notes, *([left] if passed_over else [])]
 
 
 def _bundles_of(chosen: Sequence[Run], runs: Sequence[Run], root: Home) -> tuple[dict[str, list[str]], int]:
@@ -136,15 +140,14 @@ def _bundles_of(chosen: Sequence[Run], runs: Sequence[Run], root: Home) -> tuple
         if own in found:
             found[own].append(name)
         passed_over += own in others
-    for run in chosen:
-        plain = f"{run.name}--onnx-float32"
-        if plain in found[run.name] and not _fresh(plain, run, root):
-            found[run.name].remove(plain)  # it is made anew
     return found, passed_over
 
 
-def _fresh(name: str, run: Run, root: Home) -> bool:
-    return read_record(root.bundles / name).weights_sha256 == run.record.weights_sha256
+def _stale(record: BundleRecord, run: Run, dataset: Dataset) -> str | None:
+    """Return why a bundle does not hold any more, or None: its rules would be about another class than its scores."""
+    if record.weights_sha256 != run.record.weights_sha256:
+        return "it is of other weights than the run has now"
+    return healthy_fault(run.record.classes, record.negative_class, dataset.negative_class)
 
 
 def _export(run: Run, root: Home) -> str | None:
@@ -169,8 +172,8 @@ def _offer(name: str, run: Run, dataset: Dataset, root: Home) -> Offer:
         bundle = open_bundle(name, root)
         record = bundle.record
         facts |= {"format": record.format, "precision": record.precision}
-        if record.weights_sha256 != run.record.weights_sha256:
-            raise ZooError("it is of other weights than the run has now; export it again")
+        if stale := _stale(record, run, dataset):
+            raise ZooError(f"{stale}; export it again")
         predictions = _val_predictions(bundle, run, dataset)
         val = compute_metrics(predictions, run.record.classes, dataset.negative_class)
     except Interrupted:
