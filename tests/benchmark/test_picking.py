@@ -8,6 +8,7 @@ import zoo
 from zoo.benchmark.comparisons import compare
 from zoo.benchmark.offers import best_seeds, gather, set_apart
 from zoo.benchmark.picking import Wish, outcome, pick
+from zoo.cli.picking import _rows
 from zoo.data.manifest import load_dataset
 from zoo.deployment.bundle import list_bundles, open_bundle
 from zoo.deployment.export import export, healthy_fault
@@ -196,6 +197,19 @@ def test_what_is_chosen_is_told_though_test_cannot_be_scored(bundled):
     found = outcome([run], Wish(), bundled)
     assert found.pick is not None and found.document["test"] is None and looks(bundled) == before
     assert any("test could not be scored" in note for note in found.document["notes"])
+
+
+@pytest.mark.slow
+def test_a_bundle_whose_run_lost_its_weights_can_be_picked(bundled):
+    [name] = list_bundles(bundled)
+    run = next(each for each in list_runs(bundled) if each.name == open_bundle(name, bundled).record.run)
+    run.weights_file.unlink()
+    found = outcome([run], Wish(), bundled)
+    [row] = found.document["candidates"]
+    assert found.pick.bundle.name == name and found.pick.test["top1_ci"] and row["reason"] is None
+    assert "weights are gone" in row["eager"]["reason"] and row["eager"]["latency_p50_ms"] is None
+    [_, beside] = _rows(row, "top1")
+    assert beside[0] == "  the same in eager torch" and "weights are gone" in beside[-1]
 
 
 def test_runs_of_another_split_are_refused(trained):
