@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from zoo.errors import ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions
+from zoo.reporting.changes import rounded, what_would_change
 from zoo.reporting.pareto import pareto_front, plot_pareto
 from zoo.reporting.pick import (
     Candidate,
@@ -19,8 +20,6 @@ from zoo.reporting.pick import (
     nearest_misses,
     parse_minimum,
     parse_minimums,
-    rounded,
-    what_would_change,
 )
 from zoo.reporting.picked import candidate_rows, change_words, miss_words, notes_of, reason_of, words_of_test
 
@@ -80,6 +79,25 @@ def test_nothing_fits_names_the_nearest_first():
     assert reason_of(choosing, choice, limits, 0.01).startswith("nothing fits: 0 of 3 candidates keep")
     [first, *_] = what_would_change(choosing, limits, 0.01, choice)
     assert first.opens and first.pick.name == "near" and first.to == 11.0
+
+
+@pytest.mark.parametrize(
+    "sense, bound, values, told",
+    [("at most", 20.0, (10.0, 5.0, 2.0), 9.9), ("at least", 0.4, (0.5, 0.6, 0.7), 0.501)],
+)
+def test_the_first_tightening_that_changes_the_choice_is_told_also_where_it_throws_out_the_best(
+    sense, bound, values, told
+):
+    named = zip(("best", "near", "less"), (190, 188, 186), (9.0, 5.0, 2.0), values, strict=True)
+    rows = [candidate(name, right, latency, memory=value) for name, right, latency, value in named]
+    choosing, limit = Choosing(rows), Limit("memory", sense, bound, "it")
+    # The margin lets `near` in beside `best`, and `less` only beside `near`.
+    margin = rounded(-choosing.against(rows[1], rows[0]).low, up=True)
+    assert -choosing.against(rows[2], rows[1]).low <= margin < -choosing.against(rows[2], rows[0]).low
+    choice = choosing.choose([limit], margin)
+    assert choice.chosen.name == "near" and choice.best.name == "best"
+    [change] = [each for each in what_would_change(choosing, [limit], margin, choice) if each.limit]
+    assert (change.to, change.pick.name, change.opens) == (told, "less", False)
 
 
 def test_a_limit_on_what_is_not_known_is_not_kept():
@@ -228,6 +246,11 @@ def test_a_choice_keeps_its_word(rows, most, margin):
         redone = choosing.choose(changed, change.to if change.limit is None else margin).chosen
         assert (redone.name if redone else None) == (change.pick.name if change.pick else None)
         assert change.pick is None or change.pick.name != choice.chosen.name
+        if change.limit is not None and not change.opens:  # nor does a smaller one, just past another's latency
+            for value in (each.costs["latency"] for each in fits if change.to < each.costs["latency"]):
+                bound = rounded(value, up=False, past=True)
+                tried = choosing.choose([Limit("latency", "at most", bound, "p50 latency")], margin).chosen
+                assert bound <= change.to or tried.name == choice.chosen.name
 
 
 @given(st.floats(1e-6, 1e6), st.booleans())

@@ -20,6 +20,7 @@ from zoo.evaluation.metrics import METRIC_SIGN, negative_index
 from zoo.evaluation.resampling import METRICS
 from zoo.evaluation.statistics import metric_intervals
 from zoo.files import Home, home
+from zoo.reporting.changes import what_would_change
 from zoo.reporting.comparison import refuse_different
 from zoo.reporting.pick import (
     COSTS,
@@ -31,7 +32,6 @@ from zoo.reporting.pick import (
     check_defined,
     make_limits,
     nearest_misses,
-    what_would_change,
 )
 from zoo.reporting.picked import candidate_rows, change_words, limit_words, miss_words, notes_of, reason_of
 from zoo.runs import Run, find_run, runs_on_split

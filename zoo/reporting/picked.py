@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zoo.evaluation.statistics import Interval
-from zoo.reporting.pick import COSTS, Candidate, Change, Choice, Choosing, Limit
+from zoo.reporting.changes import Change
+from zoo.reporting.pick import COSTS, Candidate, Choice, Choosing, Limit
 
 
 def short_name(name: str) -> str:
