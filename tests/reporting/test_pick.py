@@ -81,6 +81,20 @@ def test_nothing_fits_names_the_nearest_first():
     assert first.opens and first.pick.name == "near" and first.to == 11.0
 
 
+def test_no_margin_is_told_that_the_command_would_refuse():
+    rows = [candidate("best", 5, 30), candidate("poor", 1, 1)]
+    few = predictions(5, of=6, groups=3), predictions(1, of=6, groups=3)
+    rows = [
+        Candidate(each.name, each.name, own, compute_metrics(own, CLASSES), each.costs)
+        for each, own in zip(rows, few, strict=True)
+    ]
+    choosing = Choosing(rows)
+    choice = choosing.choose([], 0.01)
+    assert choice.chosen.name == "best" and choice.differences["poor"].low < -1  # intervals are not clipped
+    assert what_would_change(choosing, [], 0.01, choice) == []
+    assert "which may be worse by 1.000)" in reason_of(choosing, choice, [], 0.01)
+
+
 @pytest.mark.parametrize(
     "sense, bound, values, told",
     [("at most", 20.0, (10.0, 5.0, 2.0), 9.9), ("at least", 0.4, (0.5, 0.6, 0.7), 0.501)],

@@ -16,7 +16,7 @@ from zoo.deployment.speed import Latency
 from zoo.errors import Interrupted, ZooError, nearest, one_line
 from zoo.evaluation.floors import FLOOR_METRICS, dataset_floors
 from zoo.evaluation.ledger import looks_at_test
-from zoo.evaluation.metrics import METRIC_SIGN, negative_index
+from zoo.evaluation.metrics import negative_index
 from zoo.evaluation.resampling import METRICS
 from zoo.evaluation.statistics import metric_intervals
 from zoo.files import Home, home
@@ -30,6 +30,7 @@ from zoo.reporting.pick import (
     Choosing,
     Limit,
     check_defined,
+    largest_margin,
     make_limits,
     nearest_misses,
 )
@@ -92,7 +93,7 @@ class Wish:
                 raise ZooError(
                     f"{what} must be one of {', '.join(known)}. Got {one_line(value, 80)!r}{nearest(value, known)}"
                 )
-        most = 1.0 if METRIC_SIGN[self.metric] > 0 else math.inf
+        most = largest_margin(self.metric)
         if not (0 <= self.margin <= most and self.margin < math.inf):
             raise ZooError(
                 f"the margin must be {'in [0, 1]' if most == 1 else '0 or more'} of {self.metric}; 0.01 is one point. "

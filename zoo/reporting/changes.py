@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from zoo.reporting.pick import Candidate, Choice, Choosing, Limit
+from zoo.reporting.pick import Candidate, Choice, Choosing, Limit, largest_margin
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def _by_margin(choosing: Choosing, limits: Sequence[Limit], margin: float, choic
     needed = {name: max(0.0, -each.low) for name, each in choice.differences.items()}
     for value in sorted({each for each in needed.values() if each > margin}):
         to = rounded(value, up=True)
+        if to > largest_margin(choosing.metric):  # a paired interval may go beyond what the metric can
+            break
         other = choosing.choose(limits, to).chosen
         if other is not None and other.name != choice.chosen.name:
             yield Change(None, to, other, True)

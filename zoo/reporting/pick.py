@@ -176,6 +176,11 @@ def _check_minimum(key: str, least: float, classes: Sequence[str], negative_clas
         raise ZooError(f"the least {one_line(key, 80)} must be in [0, 1]. Got {least:g}{fix}")
 
 
+def largest_margin(metric: str) -> float:
+    """Return the most that may be asked of a margin: 1 of a metric in [0, 1] of which more is better, else no end."""
+    return 1.0 if METRIC_SIGN[metric] > 0 else math.inf
+
+
 def check_defined(metric: str, classes: Sequence[str], negative_class: str | None) -> None:
     """Raise ZooError where a metric needs a class of the healthy, and these classes have none."""
     if metric in ("sensitivity", "specificity") and len(classes) > 2 and negative_class is None:

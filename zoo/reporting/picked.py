@@ -8,7 +8,7 @@ from typing import Any
 
 from zoo.evaluation.statistics import Interval
 from zoo.reporting.changes import Change
-from zoo.reporting.pick import COSTS, Candidate, Choice, Choosing, Limit
+from zoo.reporting.pick import COSTS, Candidate, Choice, Choosing, Limit, largest_margin
 
 
 def short_name(name: str) -> str:
@@ -59,10 +59,10 @@ def reason_of(choosing: Choosing, choice: Choice, limits: Sequence[Limit], margi
         if not cheaper:
             return f"{text}, and none is cheaper"
         nearest = max(cheaper, key=lambda name: choice.differences[name].low)
-        low = choice.differences[nearest].low
+        worse = min(-choice.differences[nearest].low, largest_margin(metric))
         return (
             f"{text}, and of {len(cheaper)} cheaper none is shown to be not worse by more than {margin:g} (nearest: "
-            f"{short_name(nearest)}, which may be worse by {-low:.3f})"
+            f"{short_name(nearest)}, which may be worse by {worse:.3f})"
         )
     difference = choice.differences[chosen.name]
     if chosen.network == best.network:
