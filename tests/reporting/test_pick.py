@@ -81,6 +81,45 @@ def test_nothing_fits_names_the_nearest_first():
     assert first.opens and first.pick.name == "near" and first.to == 11.0
 
 
+def one_sided(name, label):
+    """A candidate that keeps any limit, on a val of one class alone."""
+    own = predictions(190)
+    own = Predictions(own.sample_ids, own.groups, np.full(200, label), own.logits)
+    return Candidate(name, name, own, compute_metrics(own, CLASSES, "well"), {"latency": 1.0})
+
+
+@pytest.mark.parametrize(
+    "metric, label, why",
+    [
+        ("sensitivity", 1, "it has no image of any class but the healthy one"),
+        ("specificity", 0, "it has no image of the healthy class"),
+        ("auroc", 0, "its images are of one class alone"),
+        ("auprc", 1, "its images are of one class alone"),
+    ],
+)
+def test_a_metric_that_is_not_defined_on_val_is_said_to_be(metric, label, why):
+    choosing = Choosing([one_sided("a", label), one_sided("b", label)], metric=metric, negative=1)
+    limits = make_limits(max_latency_ms=20)
+    choice = choosing.choose(limits, 0.01)
+    said = f"{metric} is not defined on val: {why}; split anew with `zoo data split`, or ask for another metric"
+    assert choice.chosen is None and nearest_misses(choosing, choice) == []
+    assert reason_of(choosing, choice, limits, 0.01) == (
+        f"nothing fits: 2 of 2 candidates keep p50 latency at most 20 ms; {said}"
+    )
+    assert reason_of(choosing, choosing.choose([], 0.01), [], 0.01) == f"nothing fits: {said}"
+    assert what_would_change(choosing, limits, 0.01, choice) == []
+
+    rows = candidate_rows(choosing, choice, choosing.intervals())
+    assert [row[f"val_{metric}_ci"] for row in rows] == [None, None]
+    document = {"dataset": "d", "metric": metric, "cost": "latency", "percentile": "p50", "candidates": rows}
+    assert f"{metric} is not defined on val" in [each.get_text() for each in plot_pareto(document).texts]
+
+    ranked = Choosing([one_sided("a", label)], negative=1)  # by top1; the limit is what has no value
+    limits = make_limits(minimums={metric: 0.5}, classes=CLASSES)
+    reason = reason_of(ranked, ranked.choose(limits, 0.01), limits, 0.01)
+    assert reason == f"nothing fits: 0 of 1 candidates keep {metric} at least 0.5; {said}"
+
+
 def test_no_margin_is_told_that_the_command_would_refuse():
     rows = [candidate("best", 5, 30), candidate("poor", 1, 1)]
     few = predictions(5, of=6, groups=3), predictions(1, of=6, groups=3)
