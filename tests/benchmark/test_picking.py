@@ -2,19 +2,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import zoo
 from zoo.benchmark.comparisons import compare
-from zoo.benchmark.offers import best_seeds, gather, set_apart
-from zoo.benchmark.picking import Wish, outcome, pick
+from zoo.benchmark.offers import OF_SCORES, best_seeds, gather, score_test, set_apart
+from zoo.benchmark.picking import Wish, _of_answers, outcome, pick
 from zoo.cli.picking import _rows
 from zoo.data.manifest import load_dataset
-from zoo.deployment.bundle import list_bundles, open_bundle
+from zoo.deployment.bundle import Rules, list_bundles, open_bundle, seal
 from zoo.deployment.export import export, healthy_fault
 from zoo.errors import ZooError
 from zoo.evaluation.metrics import compute_metrics
-from zoo.evaluation.predictions import read_predictions
+from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
 from zoo.files import read_json, read_toml, write_json, write_toml
 from zoo.runs import list_runs
 from zoo.training.scoring import predictions_of
@@ -102,6 +103,58 @@ def test_of_each_recipe_the_seed_that_is_best_on_val_stands_for_it(trained):
     assert two in chosen and one not in chosen and len(chosen) == 2
     assert notes == ["of tiny, seed 1 stands for 2 seeds: the best of them on val"]
     assert read_json(one.metrics_file("val"))["top1"] == 0.25
+
+
+def test_seeds_are_compared_by_the_scores_that_a_bundle_would_give(trained):
+    runs = list_runs(trained)
+    loud, weak = (run for run in runs if "--tiny--s" in run.name)
+    for run, wrong, scale in ((loud, 1, 40.0), (weak, 4, 1.0)):
+        val = predictions_of(run, "val")
+        y_pred = np.where(np.arange(len(val.y_true)) < wrong, (val.y_true + 1) % 3, val.y_true)
+        val = Predictions(val.sample_ids, val.groups, val.y_true, np.eye(3)[y_pred] * scale)
+        write_predictions(run.predictions_file("val"), val)
+        write_json(run.metrics_file("val"), compute_metrics(val, run.record.classes, run.record.negative_class))
+    assert loud.metrics("val")["log_loss"] > weak.metrics("val")["log_loss"]  # before the temperature
+    chosen, broken, _ = best_seeds(runs, "log_loss", load_dataset("tiny", trained))
+    assert broken == [] and loud in chosen and weak not in chosen
+
+
+def test_what_is_ranked_and_told_are_the_scores_of_the_answers(bundled):
+    [name] = list_bundles(bundled)
+    bundle, dataset = open_bundle(name, bundled), load_dataset("tiny", bundled)
+    seal(bundle.path, bundle.record.model_copy(update={"rules": Rules(temperature=3.0)}))
+    run = next(each for each in list_runs(bundled) if each.name == bundle.record.run)
+    [offer], _ = gather([run], [run], dataset, bundled, lambda *_: None)
+    folder, classes = run.path / "exports" / "onnx-float32", dataset.classes
+
+    def answers(predictions):
+        cooled = Predictions(predictions.sample_ids, predictions.groups, predictions.y_true, predictions.logits / 3)
+        return compute_metrics(cooled, classes, dataset.negative_class)
+
+    of_val = read_predictions(folder / "predictions-val.npz")
+    raw, said = compute_metrics(of_val, classes), answers(of_val)
+    files = (run.predictions_file("test"), folder / "predictions-test.npz", folder / "predictions-test.npz")
+    told = []
+    for file, first in zip(files, (False, True, False), strict=True):  # of the run, asked, kept
+        told.append(score_test(offer, dataset, bundled))
+        of_test = answers(read_predictions(file))
+        assert told[-1]["first_look"] == first
+        for metric in OF_SCORES:
+            assert told[-1][metric] == pytest.approx(of_test[metric], abs=1e-6)
+        run.predictions_file("test").unlink(missing_ok=True)
+    assert told[1] | {"first_look": False} == told[2]
+    for metric in OF_SCORES:
+        assert offer.val[metric] == offer.facts["val"][metric] == pytest.approx(said[metric], abs=1e-6)
+        assert metric in ("auroc", "auprc") or abs(said[metric] - raw[metric]) > 1e-3
+    assert offer.val["top1"] == raw["top1"]
+
+
+@pytest.mark.parametrize(
+    "metric, classes, noted",
+    [("ece", 2, True), ("brier", 3, True), ("auroc", 3, True), ("auroc", 2, False), ("top1", 3, False)],
+)
+def test_a_note_says_where_the_temperature_counts(metric, classes, noted):
+    assert [note.split()[0] for note in _of_answers(metric, ["a"] * classes)] == [metric] * noted
 
 
 def test_seeds_are_compared_by_the_class_that_is_healthy_now(trained):

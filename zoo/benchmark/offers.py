@@ -13,6 +13,7 @@ from zoo.deployment.export import class_fault, export, exports_folder, healthy_f
 from zoo.deployment.parity import artefact_predictions
 from zoo.deployment.speed import subject_of
 from zoo.errors import Interrupted, ZooError, one_line
+from zoo.evaluation.calibration import apply_temperature, fit_temperature
 from zoo.evaluation.ledger import record_look
 from zoo.evaluation.metrics import compute_metrics, score
 from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
@@ -22,13 +23,21 @@ from zoo.runs import Run
 from zoo.training.scoring import predictions_of
 
 Progress = Callable[[str, int, int], None]
+OF_SCORES = (
+    "auroc",
+    "auprc",
+    "log_loss",
+    "brier",
+    "ece",
+)  # a temperature changes them; auroc, auprc of three classes on
 
 
 @dataclass(frozen=True, eq=False)
 class Offer:
     """A bundle that could be deployed, or the reason why there is none.
 
-    network: the same for float32 bundles of one run. predictions, val: of the artefact on val, and their metrics.
+    network: the same for float32 bundles of one run. predictions, val: the artefact's answers on val, hence with its
+    logits divided by the bundle's temperature, and their metrics.
     """
 
     name: str
@@ -68,7 +77,7 @@ def best_seeds(runs: Sequence[Run], metric: str, dataset: Dataset) -> tuple[list
     for run in runs:
         record = run.record
         try:
-            said[run.name] = _val_metrics(run, dataset)
+            said[run.name] = _val_metrics(run, dataset, metric)
         except ZooError as error:
             broken.append(Offer(run.name, run, reason=one_line(error), facts=_facts_of_run(run)))
             continue
@@ -82,11 +91,17 @@ def best_seeds(runs: Sequence[Run], metric: str, dataset: Dataset) -> tuple[list
     return chosen, broken, notes
 
 
-def _val_metrics(run: Run, dataset: Dataset) -> dict[str, Any]:
-    """Return a run's metrics on val, anew where another class is healthy now than when it was trained."""
-    if run.record.negative_class == dataset.negative_class:
+def _val_metrics(run: Run, dataset: Dataset, metric: str) -> dict[str, Any]:
+    """Return a run's metrics on val, anew where another class is healthy now than when it was trained.
+
+    Where scores are what is ranked, they are those that its bundle would give, at a temperature fitted on val.
+    """
+    if run.record.negative_class == dataset.negative_class and metric not in OF_SCORES:
         return run.metrics("val")
-    return compute_metrics(predictions_of(run, "val"), run.record.classes, dataset.negative_class)
+    said = predictions_of(run, "val")
+    if metric in OF_SCORES:
+        said = apply_temperature(said, fit_temperature(said))
+    return compute_metrics(said, run.record.classes, dataset.negative_class)
 
 
 def without_run(failed: Sequence[Run], known: set[str]) -> list[Offer]:
@@ -174,7 +189,7 @@ def _offer(name: str, run: Run, dataset: Dataset, root: Home) -> Offer:
         facts |= {"format": record.format, "precision": record.precision}
         if stale := _stale(record, run, dataset):
             raise ZooError(f"{stale}; export it again")
-        predictions = _val_predictions(bundle, run, dataset)
+        predictions = apply_temperature(_val_predictions(bundle, run, dataset), record.rules.temperature)
         val = compute_metrics(predictions, run.record.classes, dataset.negative_class)
     except Interrupted:
         raise
@@ -219,9 +234,10 @@ def score_test(
 ) -> dict[str, Any]:
     """Return the artefact's scores on test, each with `<metric>_ci`; `images`, `groups` and `first_look` beside them.
 
-    A run that was scored on test in float32 said what its float32 artefact says, label for label on val: its
-    predictions are taken, and test is not looked at again. Else test is scored once for each artefact, and the ledger
-    is told before; what was found is kept beside the run.
+    They are of its answers, hence of the logits divided by the bundle's temperature; what is kept are the logits. A run
+    that was scored on test in float32 said what its float32 artefact says, label for label on val: its predictions are
+    taken, and test is not looked at again. Else test is scored once for each artefact, and the ledger is told before;
+    what was found is kept beside the run.
     """
     bundle, run = offer.bundle, offer.run
     assert bundle is not None
@@ -237,7 +253,8 @@ def score_test(
     groups = int(predictions.group_codes.max()) + 1 if len(predictions.y_true) else 0
     counts = {"images": len(predictions.y_true), "groups": groups, "first_look": first}
     record = run.record.model_copy(update={"negative_class": dataset.negative_class})
-    return {**counts, **scores(predictions, record)}
+    answers = apply_temperature(predictions, bundle.record.rules.temperature)
+    return {**counts, **scores(answers, record)}
 
 
 def _of_the_run(offer: Offer) -> Predictions | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.benchmark.offers import Offer, best_seeds, gather, score_test, set_apart, without_run
+from zoo.benchmark.offers import OF_SCORES, Offer, best_seeds, gather, score_test, set_apart, without_run
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.deployment.bundle import Bundle
 from zoo.deployment.latency import check_threads, latencies
@@ -205,7 +205,7 @@ def outcome(
     document = _document(choosing, choice, limits, wish, floors)
     document |= {"dataset": dataset.name, "split_digest": dataset.split_digest, "floors": floors}
     document |= _measured(speeds)
-    document["notes"] += [*notes, *more, *_leaks(runs)]
+    document["notes"] += [*_of_answers(wish.metric, dataset.classes), *notes, *more, *_leaks(runs)]
     offer = next((each for each in offers if choice.chosen and each.name == choice.chosen.name), None)
     document |= {"run": offer.run.name if offer else None, "bundle": offer.name if offer else None, "test": None}
     if offer is None or offer.bundle is None:
@@ -256,6 +256,15 @@ def _runs(source: Any, root: Home) -> tuple[Dataset, list[Run], list[Run]]:
 def _policy(runs: list[Run]) -> str | None:
     """Return the policy for bad images that the floors go by: as the runs did."""
     return "skip" if any(run.record.bad_images == "skip" for run in runs) else None
+
+
+def _of_answers(metric: str, classes: list[str]) -> list[str]:
+    if metric not in OF_SCORES or (metric in ("auroc", "auprc") and len(classes) == 2):
+        return []  # no temperature changes it
+    return [
+        f"{metric} is of the answers, softmax(logits / temperature); the temperature of each candidate was fitted on "
+        "the same val by which it is ranked"
+    ]
 
 
 def _leaks(runs: list[Run]) -> list[str]:
