@@ -127,17 +127,88 @@ def test_of_a_dicom_without_an_image_only_terms_of_dicom_are_said(tags, reason):
     assert str(bad.value) == reason
 
 
-def test_a_deflated_dicom_is_refused_before_it_is_unpacked():
+def meta_element(place: int, kind: bytes, value: bytes) -> bytes:
+    """An element of group 0002, as explicit little endian writes it."""
+    long = kind in (b"OB", b"UC", b"UN")
+    length = bytes(2) + len(value).to_bytes(4, "little") if long else len(value).to_bytes(2, "little")
+    return b"\x02\x00" + place.to_bytes(2, "little") + kind + length + value
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        b"",
+        meta_element(0x10, b"UI", b"1.2.840.10008.1.2.1\0"),  # named twice: the last one counts
+        meta_element(0x02, b"UC", bytes(300)),  # an element of a kind that is rare there
+        meta_element(0x03, b"OB", b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\0"),
+    ],
+)
+def test_a_deflated_dicom_is_refused_before_it_is_unpacked(before):
+    import resource
     import zlib
 
-    plain = make_dicom(np.zeros((4, 4), np.int16))
-    head = plain[: 132 + 400]
-    bomb = bytearray(head)
-    place = bomb.find(b"1.2.840.10008.1.2.1\0")
-    assert place > 0
-    deflated = bytes(bomb[: place - 2]) + b"\x16\x001.2.840.10008.1.2.1.99" + zlib.compress(bytes(200_000_000), 9)
+    named = meta_element(0x10, b"UI", b"1.2.840.10008.1.2.1.99")
+    data = bytes(128) + b"DICM" + before + named + zlib.compress(bytes(300_000_000), 9)[2:]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BadImage, match="deflated"):
-        decode(deflated, LUNG)
+        decode(data, LUNG)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KiB
+
+
+def compressed_dicom(stream: bytes, syntax: str, rows: int = 16, columns: int = 16, *more: bytes) -> bytes:
+    from pydicom import dcmread
+    from pydicom.encaps import encapsulate
+
+    made = dcmread(io.BytesIO(make_dicom(np.zeros((rows, columns), np.uint16), slope=None)))
+    made.file_meta.TransferSyntaxUID = syntax
+    made.PixelData = encapsulate([stream, *more])
+    made["PixelData"].VR = "OB"
+    written = io.BytesIO()
+    made.save_as(written, enforce_file_format=True)
+    return written.getvalue()
+
+
+def jpeg(marker: int, rows: int, columns: int, before: bytes = b"") -> bytes:
+    size = rows.to_bytes(2, "big") + columns.to_bytes(2, "big")
+    return b"\xff\xd8" + before + bytes([0xFF, marker]) + b"\x00\x0b\x10" + size + b"\x01\x01\x11\x00" + bytes(64)
+
+
+def jpeg_2000(rows: int, columns: int) -> bytes:
+    sides = [columns, rows, 0, 0, columns, rows, 0, 0]
+    return b"\xff\x4f\xff\x51\x00\x29\x00\x00" + b"".join(each.to_bytes(4, "big") for each in sides) + bytes(64)
+
+
+COMMENT = b"\xff\xff\xfe\x00\x08\xff\xc0\x00\x10\x00\x10"  # in it what looks like a frame of 16 x 16
+JPEG_LS, JPEG_2000, LOSSLESS = "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.70"
+
+
+@pytest.mark.parametrize(
+    ("syntax", "streams"),
+    [
+        (JPEG_LS, [jpeg(0xF7, 20000, 20000)]),
+        (JPEG_LS, [jpeg(0xF7, 20000, 16, COMMENT)]),
+        (JPEG_LS, [jpeg(0xF7, 16, 16), jpeg(0xF7, 20000, 20000)]),
+        (JPEG_LS, [b"\x00" + jpeg(0xF7, 16, 16)]),
+        (LOSSLESS, [jpeg(0xC3, 65535, 65535)]),
+        (JPEG_2000, [jpeg_2000(20000, 20000)]),
+        (JPEG_2000, [jpeg_2000(16, 16) + jpeg_2000(20000, 20000)]),
+        (JPEG_2000, [jpeg(0xC3, 16, 16) + jpeg_2000(20000, 20000)]),
+        (JPEG_LS, [jpeg(0xF7, 16, 16)] * 40),
+    ],
+)
+def test_a_stream_of_another_size_than_the_header_is_refused_before_it_is_decoded(syntax, streams):
+    data = compressed_dicom(streams[0], syntax, 16, 16, *streams[1:])
+    with pytest.raises(BadImage, match="of another size"):
+        decode(data, LUNG)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "stream"),
+    [(JPEG_LS, jpeg(0xF7, 20, 16, COMMENT)), (LOSSLESS, jpeg(0xC3, 20, 16)), (JPEG_2000, jpeg_2000(20, 16))],
+)
+def test_a_stream_of_the_headers_size_comes_to_its_decoder(syntax, stream):
+    with pytest.raises(BadImage, match="cannot decode the DICOM transfer syntax"):  # which finds no pixels in it
+        decode(compressed_dicom(stream, syntax, 20, 16), LUNG)
 
 
 def test_damage_of_any_kind_is_a_bad_image_and_says_nothing_of_the_patient(caplog):

@@ -260,6 +260,21 @@ def test_workers_begin_the_next_epoch_before_it_is_asked_for_and_none_after_the_
     assert {file.name for file in noted.iterdir()} == {"1", "2"}
 
 
+def test_an_image_that_is_drawn_again_in_an_epoch_is_augmented_anew(pixels, opened):
+    rare = np.array([0] + [1] * 17, np.int64)
+    uneven = dataclasses.replace(pixels, y_true=rare)
+    light = make_augment("light", None, 32, 4)
+    whole = list(opened(uneven, light, 4, 4, 0, balanced=True).epoch(1))
+    places = torch.cat([batch[2] for batch in whole])
+    images = torch.cat([batch[0] for batch in whole])[places == 0]
+    assert len(images) == 9 and len({each.numpy().tobytes() for each in images}) == 9
+    assert same(list(opened(uneven, light, 4, 4, 2, balanced=True).epoch(1)), whole)
+    assert same(list(opened(uneven, light, 4, 4, 0, balanced=True).epoch(1, 2)), whole[2:])
+    # The first of them is what it is to an epoch that draws each image once.
+    first = torch.from_numpy(light(pixels[0], 1, 0))
+    assert images[0].equal(first)
+
+
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_shares_of_all_ranks_are_the_batches(pixels, opened, world, balanced):

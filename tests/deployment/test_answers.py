@@ -57,7 +57,7 @@ def test_a_val_that_was_too_small_puts_every_class_in_and_refers_every_image():
     (answer,) = answers_of(np.array([[90.0, 0, 0]], np.float32), CLASSES, rules)
     assert answer.prediction_set == CLASSES
     assert answer.refer and answer.refer_reason == (
-        "on val no confidence was high enough for an error of 5 % or less, so that every image is referred"
+        "val has no 20 images that could be answered with an error of 5 % or less: every image is referred"
     )
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from zoo.errors import ZooError
@@ -14,6 +15,7 @@ from zoo.files import home, sha256_file, to_json
 from zoo.recipe import known_keys
 from zoo.reporting.writers import WRITERS, check_writers, flat_recipe, open_writers
 from zoo.runs import run_lock
+from zoo.training.derived import sources
 from zoo.training.loop import train_plan
 from zoo.training.plan import Plan, make_plan
 
@@ -323,6 +325,23 @@ def test_a_full_disk_ends_the_writer_and_not_the_run(plan, full_disk, monkeypatc
 def train_at_the_prompt(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "zoo", "train", "tiny", "--data", "tiny", "--offline", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+
+
+@pytest.mark.slow
+def test_each_run_that_a_soup_is_made_of_has_writers_of_its_own(plan, make_recipe):
+    start = str(plan.home.root / "start.safetensors")
+    save_file(plan.model()[0].state_dict(), start)
+    changes = {"average.seeds": 2, "model.weights": start, "model.image_size": 32}
+    settings = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    made = train_at_the_prompt(*settings, "--log", "tensorboard", "--log", "mlflow", "--watch")
+    assert made.returncode == 0, made.stderr
+    soup = make_plan(make_recipe(**changes), "tiny", 0, plan.home)
+    epochs = plan.recipe.finetune.epochs
+    for each in sources(soup):
+        assert [step for step, _ in in_tensorboard(each, "train_loss")] == list(range(1, epochs + 1))
+        assert [step for step, _ in in_mlflow(each, "train_loss")] == list(range(1, epochs + 1))
+        assert (each.run.path / "loss.png").is_file()
+    assert [run.info.status for run in mlflow_runs(soup)] == ["FINISHED"]
 
 
 @pytest.mark.slow

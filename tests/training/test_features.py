@@ -19,6 +19,7 @@ from zoo.training.features import (
     backbone_digest,
     forward_pixels,
     head_logits,
+    load_grown,
     split_features,
 )
 from zoo.training.loop import train
@@ -98,6 +99,37 @@ def test_a_folded_head_is_the_same_function(bias):
     np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-2)
     np.testing.assert_allclose(scaled.var(0, correction=0).mean(), 1, rtol=1e-3)
     assert torch.isfinite(scaled).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_1_x_1_convolution_is_the_linear_layer_that_it_is(bias):
+    torch.manual_seed(0)
+    values = torch.randn(50, 6, 1, 1) * 10 + 5
+    conv = nn.Conv2d(6, 3, 1, bias=bias)
+    before = conv(values).flatten(1).detach()
+    head = StandardisedHead(conv, values)
+    assert head.scaled and head(values).shape == (50, 3)
+    torch.testing.assert_close(head(values).detach(), before, rtol=1e-3, atol=1e-3)
+    whole = nn.ModuleDict({"fc": nn.Conv2d(6, 3, 1, bias=bias)})
+    load_grown(whole, {f"fc.{key}": value for key, value in head.fold().items()})
+    torch.testing.assert_close(whole["fc"](values).flatten(1), before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["linear-probe", "lp-ft"])
+@pytest.mark.parametrize("model", ["resnetv2_18", "dpn48b"])
+def test_networks_whose_classifier_is_a_convolution_are_probed(tiny, make_recipe, model, strategy):
+    from zoo.training.scoring import load_model, predictions_of
+
+    head = {"head_epochs": 1} if strategy == "lp-ft" else {"policy": "none"}
+    recipe = make_recipe(model__name=model, image_size=64, strategy=strategy, epochs=2, batch_size=6, **head)
+    plan = make_plan(recipe, "tiny", 0, tiny)
+    pixels = open_pixels(plan.dataset, "val", plan.preprocessing)
+    assert split_features(plan.model()[0], pixels, "val", plan, FLOAT32, CPU).whole
+    run = train(recipe, "tiny", 0, tiny)
+    _, wanted = forward_pixels(load_model(run, tiny), pixels, plan.preprocessing, FLOAT32, CPU)
+    np.testing.assert_allclose(predictions_of(run, "val").logits, wanted.numpy(), rtol=1e-3, atol=1e-4)
+    assert wanted.std(0).min() > 0
 
 
 def test_a_head_that_is_no_linear_layer_is_not_scaled():
@@ -193,6 +225,9 @@ def test_a_network_that_changes_its_classifiers_output_is_scored_whole(odd, trai
     pixels = open_pixels(plan.dataset, "test", plan.preprocessing)
     _, wanted = forward_pixels(load_model(run, trained), pixels, plan.preprocessing, FLOAT32, CPU)
     np.testing.assert_array_equal(predictions_of(run, "test").logits, wanted.numpy())
+    pixels = open_pixels(plan.dataset, "val", plan.preprocessing)
+    _, wanted = forward_pixels(load_model(run, trained), pixels, plan.preprocessing, FLOAT32, CPU)
+    np.testing.assert_array_equal(predictions_of(run, "val").logits, wanted.numpy())
 
 
 def test_a_classifier_that_is_used_twice_is_refused(odd, trained, make_recipe):

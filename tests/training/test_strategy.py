@@ -133,3 +133,16 @@ def test_the_shape_is_the_schedule_s(make_recipe):
     assert floored == pytest.approx([1e-3 + 9e-3 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)])
     decayed = rates(make_recipe(epochs=4, lr=1e-2, layer_decay=0.5), 4, 5)
     assert decayed[0] == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_layer_decay_scales_a_layer_s_whole_schedule(make_recipe, name):
+    asked = {"epochs": 6, "lr": 1e-2, "warmup_epochs": 2, "min_lr": 0.1, "schedule__name": name}
+    recipe = make_recipe(layer_decay=0.5, **asked)
+    optimizer = make_optimizer(net("simple_cnn"), recipe)
+    scheduler = make_scheduler(optimizer, recipe, 6, 5)
+    for step, whole in enumerate(rates(make_recipe(**asked), 6, 5)):
+        scheduler.step_update(step)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(whole * group["lr_scale"])
+    assert min(group["lr_scale"] for group in optimizer.param_groups) < 0.1

@@ -249,7 +249,7 @@ def _say_after(predictor: Predictor, explain: str | None) -> None:
         say(f"one of: {held}", markup=False, soft_wrap=True)
     if rules.refer is not None:
         rule = (
-            "every image, for no confidence was high enough on val"
+            "every image, for val has no 20 that could be answered with so few errors"
             if rules.refer.threshold is None
             else f"confidence below {rules.refer.threshold:.3f}; above it val's error was "
             f"{rules.refer.max_error:.0%} or less"

@@ -68,14 +68,21 @@ def train(
 
 
 def _train(plan: Plan, shown: Bars, watch: bool, names: list[str]) -> Run:
-    """Train, telling of it to whatever was asked for; what goes wrong there is a note and never stops the run."""
+    """Train, telling of it to whatever was asked for; what goes wrong there is a note and never stops the run.
+
+    Each of the runs that a derived one is made of has a figure and writers of its own.
+    """
     from zoo.errors import Interrupted, ZooError
     from zoo.reporting.live import LiveFigure
     from zoo.reporting.writers import Writers, open_writers
+    from zoo.training.derived import is_derived, sources
     from zoo.training.loop import StopRun, train_plan
     from zoo.training.plan import finished_run
 
     done = finished_run(plan)
+    if done is None and is_derived(plan.recipe):
+        for source in sources(plan):
+            _train(source, shown, watch, names)
     if done is not None or not (watch or names):
         return train_plan(plan, shown.tick)
 

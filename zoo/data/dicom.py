@@ -27,7 +27,6 @@ from zoo.data.window import Windowing
 _BARE = re.compile(
     rb"(\x02\x00|\x08\x00)[\x00-\x70]\x00(UI|UL|CS|OB|SH|DA|..\x00\x00)|\x00\x08\x00[\x00-\x70](UI|UL|CS|DA)", re.S
 )
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
 _NO_IMAGES = frozenset({"RTDOSE", "RTPLAN", "RTSTRUCT", "RTRECORD", "SEG", "SR", "PR", "KO", "REG", "DOC"})
 _PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 # All that a copy keeps besides the pixels: numbers and codes that decoding needs, and no free text.
@@ -53,6 +52,8 @@ _KEPT = (
     ),
     *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
 )
+_JPEG_2000 = re.compile(rb"\xff\x4f\xff\x51[\x00-\x01]")  # how a stream begins, bare or in boxes
+_FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG and JPEG-LS
 _BYTES_A_PIXEL = 32  # colours of 16 bits, and copies
 _MADE_BY_ZOO = "zoo: allow-list of pixel attributes"
 
@@ -229,10 +230,10 @@ def _read(data: bytes, stop_before_pixels: bool = False) -> Any:
         from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
     except ImportError:
         raise DicomFault("DICOM; install zoo[dicom] to read it") from None
-    if _transfer_syntax(data) == _DEFLATED:
-        # Unpacking happens before any check of size: 389 kB of it can cost 808 MB.
-        raise DicomFault("deflated DICOM is not read; save it without deflation")
     try:
+        if _is_deflated(data):
+            # Unpacking happens before any check of size: 389 kB of it can cost 808 MB.
+            raise DicomFault("deflated DICOM is not read; save it without deflation")
         dataset: Any = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=stop_before_pixels)
         if len(dataset) == 0:
             raise DicomFault("DICOM without content", no_image=True)
@@ -249,19 +250,15 @@ def _read(data: bytes, stop_before_pixels: bool = False) -> Any:
     return dataset
 
 
-def _transfer_syntax(data: bytes) -> bytes:
-    """Return the transfer syntax that a DICOM's own header names, found without pydicom, which would unpack."""
-    place = 132 if data[128:132] == b"DICM" else 0
-    while data[place : place + 2] == b"\x02\x00" and place + 12 <= len(data):
-        tag, kind = data[place : place + 4], data[place + 4 : place + 6]
-        if kind in (b"OB", b"OW", b"OF", b"SQ", b"UN", b"UT"):
-            start, length = place + 12, int.from_bytes(data[place + 8 : place + 12], "little")
-        else:
-            start, length = place + 8, int.from_bytes(data[place + 6 : place + 8], "little")
-        if tag == b"\x02\x00\x10\x00":
-            return data[start : start + min(length, 64)].rstrip(b"\0 ")
-        place = start + length
-    return b""
+def _is_deflated(data: bytes) -> bool:
+    """Tell whether pydicom would unpack a DICOM: asked of its own reading of the header, which alone does not."""
+    from pydicom.filereader import read_dataset, read_preamble
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    stream = io.BytesIO(data)
+    read_preamble(stream, force=True)
+    meta = read_dataset(stream, False, True, stop_when=lambda tag, _kind, _length: tag >> 16 != 2)
+    return bool(meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian)
 
 
 def _check_header(dataset: Any, max_pixels: int) -> None:
@@ -295,14 +292,44 @@ def _check_header(dataset: Any, max_pixels: int) -> None:
 
 
 def _check_codestream(dataset: Any, rows: int, columns: int) -> None:
-    """Refuse a JPEG 2000 stream that claims another size than the header: its decoder would believe the stream."""
-    stream = bytes(dataset.get("PixelData") or b"")[:65536]
-    place = stream.find(b"\xff\x4f\xff\x51")
-    if place < 0 or not dataset.file_meta.TransferSyntaxUID.is_compressed:
+    """Refuse a JPEG, JPEG-LS or JPEG 2000 stream of another size than the header's: decoders believe the stream."""
+    from pydicom.encaps import generate_fragments
+    from pydicom.uid import RLELossless
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_compressed or syntax == RLELossless:
         return
-    claimed = [int.from_bytes(stream[place + at : place + at + 4], "big") for at in (8, 12, 16, 20)]
-    if (claimed[0] - claimed[2], claimed[1] - claimed[3]) != (columns, rows):
-        raise DicomFault("unreadable DICOM: its JPEG 2000 stream is of another size than its header says")
+    parts = list(generate_fragments(dataset.get("PixelData") or b""))  # the first is the table of offsets
+    whole = b"".join(parts)
+    claimed: set[tuple[int, int] | None] = {
+        _size_of_jpeg_2000(whole, each.start()) for each in _JPEG_2000.finditer(whole)
+    }
+    starts = [number for number, part in enumerate(parts) if part.startswith(b"\xff\xd8")]
+    # A table of offsets may name any of them; a file of one frame has one.
+    claimed |= {_size_of_jpeg(b"".join(parts[number:])) for number in starts[:16]}
+    if claimed != {(columns, rows)} or len(starts) > 16:
+        raise DicomFault("unreadable DICOM: its compressed image is of another size than its header says")
+
+
+def _size_of_jpeg_2000(stream: bytes, place: int) -> tuple[int, int]:
+    """Return columns and rows by the header of a JPEG 2000 stream (ISO/IEC 15444-1 A.5.1)."""
+    wide, high, left, top = (int.from_bytes(stream[place + at : place + at + 4], "big") for at in (8, 12, 16, 20))
+    return wide - left, high - top
+
+
+def _size_of_jpeg(stream: bytes) -> tuple[int, int] | None:
+    """Return columns and rows by the frame header of a JPEG (ISO/IEC 10918-1 B.2.2) or JPEG-LS (14495-1 C.2.2)."""
+    place = 2
+    while len(stream) >= place + 9 and stream[place] == 0xFF:
+        marker = stream[place + 1]
+        if marker in _FRAME_MARKERS:
+            high, wide = (int.from_bytes(stream[at : at + 2], "big") for at in (place + 5, place + 7))
+            return wide, high
+        if marker == 0xDA:  # the pixels begin
+            break
+        length = int.from_bytes(stream[place + 2 : place + 4], "big")
+        place += 1 if marker == 0xFF else 2 if marker in (0x01, 0xD8) else 2 + length
+    return None
 
 
 def _check_decoder(dataset: Any) -> None:

@@ -21,6 +21,7 @@ from zoo.errors import ZooError, one_line
 Augment = Callable[[np.ndarray[Any, Any], int, int], np.ndarray[Any, Any]]
 Places = np.ndarray[Any, np.dtype[np.int64]]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Key = tuple[int, Places, Places]
 
 MOST_THREADS = 4  # more of them wait for Python's lock, which a quarter of an augmentation's time needs
 
@@ -55,6 +56,15 @@ def _balanced(labels: Places, count: int, generator: np.random.Generator) -> Pla
     return generator.permutation(places)
 
 
+def _copies(places: Places) -> Places:
+    """Return how often each place came before in the same order: 0 for the first time."""
+    order = np.argsort(places, kind="stable")
+    _, firsts, counts = np.unique(places[order], return_index=True, return_counts=True)
+    copies = np.empty_like(places)
+    copies[order] = np.arange(len(places)) - np.repeat(firsts, counts)
+    return copies
+
+
 def share(batch_len: int, rank: int, world: int) -> list[int]:
     """Return the positions in a batch that one of `world` processes computes, in the batch's order.
 
@@ -70,8 +80,9 @@ def share(batch_len: int, rank: int, world: int) -> list[int]:
 
 
 class _Batches(Dataset[Batch | ZooError]):
-    """Augmented batches; asked for by (epoch, places), so that a worker needs no state of its own.
+    """Augmented batches; asked for by (epoch, places, copies), so that a worker needs no state of its own.
 
+    An image that is drawn several times in an epoch is another one to the augmentation each time.
     threads: how many augment at once. OpenCV and NumPy let go of Python's lock, so two take half the time of one.
     """
 
@@ -82,10 +93,10 @@ class _Batches(Dataset[Batch | ZooError]):
         self.pool = ThreadPoolExecutor(threads - 1, "augment") if threads > 1 else None
         self.shape: tuple[int, ...] = ()
 
-    def __getitem__(self, key: tuple[int, Places]) -> Batch | ZooError:
-        epoch, places = key
+    def __getitem__(self, key: _Key) -> Batch | ZooError:
+        epoch, places, copies = key
         try:
-            images = self._augmented(epoch, places)
+            images = self._augmented(epoch, places, copies)
         except ZooError as error:  # said as it is: raised in a worker it would come with a traceback as its text
             return error
         return images, torch.from_numpy(self.pixels.y_true[places]), torch.from_numpy(places.copy())
@@ -94,7 +105,7 @@ class _Batches(Dataset[Batch | ZooError]):
         if self.pool is not None:
             self.pool.shutdown()
 
-    def _augmented(self, epoch: int, places: Places) -> torch.Tensor:
+    def _augmented(self, epoch: int, places: Places, copies: Places) -> torch.Tensor:
         if not len(places):
             return torch.empty(0, dtype=torch.uint8)
         if not self.shape:
@@ -104,8 +115,9 @@ class _Batches(Dataset[Batch | ZooError]):
 
         def fill(number: int) -> None:
             for row in range(number, len(places), len(self.augments)):
-                place = int(places[row])
-                rows[row] = self.augments[number](self.pixels[place], epoch, place)
+                place, copy_number = int(places[row]), int(copies[row])
+                sample = place + copy_number * len(self.pixels)
+                rows[row] = self.augments[number](self.pixels[place], epoch, sample)
 
         others = [self.pool.submit(fill, number) for number in range(1, len(self.augments))] if self.pool else []
         try:
@@ -117,7 +129,7 @@ class _Batches(Dataset[Batch | ZooError]):
         return images
 
 
-class _Order(Sampler[tuple[int, Places]]):
+class _Order(Sampler[_Key]):
     """A process's share of the batches of whichever epoch is set, from `start` on, and of those up to the last."""
 
     def __init__(self, count: int, batch_size: int, seed: int, labels: Places | None, rank: int, world: int) -> None:
@@ -125,12 +137,16 @@ class _Order(Sampler[tuple[int, Places]]):
         self.rank, self.world = rank, world
         self.epoch, self.start, self.last_epoch = 0, 0, 0
 
-    def __iter__(self) -> Iterator[tuple[int, Places]]:
+    def __iter__(self) -> Iterator[_Key]:
         start = self.start
         for epoch in range(self.epoch, max(self.epoch, self.last_epoch) + 1):
-            for places in epoch_order(self.count, self.batch_size, self.seed, epoch, self.labels)[start:]:
-                own = places if self.world == 1 else places[share(len(places), self.rank, self.world)]
-                yield epoch, own
+            batches = epoch_order(self.count, self.batch_size, self.seed, epoch, self.labels)
+            copies = _copies(np.concatenate(batches)) if self.labels is not None else np.zeros(self.count, np.int64)
+            ends = np.cumsum([len(places) for places in batches])
+            for places, end in list(zip(batches, ends.tolist(), strict=True))[start:]:
+                again = copies[end - len(places) : end]
+                own = share(len(places), self.rank, self.world) if self.world > 1 else slice(None)
+                yield epoch, places[own], again[own]
             start = 0
 
 
@@ -249,7 +265,7 @@ class TrainBatches:
         self._held[:] = [source]
         return source
 
-    def _load(self, key: tuple[int, Places]) -> Batch | ZooError:
+    def _load(self, key: _Key) -> Batch | ZooError:
         batch = self._batches[key]
         if self._pin_memory and not isinstance(batch, ZooError):
             images, labels, places = (each.pin_memory() for each in batch)

@@ -85,7 +85,7 @@ def _refer_reason(confidence: float, rules: Rules) -> str | None:
         return None
     threshold, share = rules.refer.threshold, f"{100 * rules.refer.max_error:.3g} %"
     if threshold is None:
-        return f"on val no confidence was high enough for an error of {share} or less, so that every image is referred"
+        return f"val has no 20 images that could be answered with an error of {share} or less: every image is referred"
     if confidence >= threshold:
         return None
     digits = next((each for each in (3, 4, 6, 9) if f"{confidence:.{each}f}" != f"{threshold:.{each}f}"), 12)

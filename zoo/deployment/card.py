@@ -274,8 +274,8 @@ def _calibration(record: BundleRecord, facts: CardFacts) -> list[str]:
         lines.append("- Referring to a human: no rule")
     elif refer.threshold is None:
         lines.append(
-            "- Referring to a human: always, for no threshold keeps the error at "
-            f"{_percent(refer.max_error)} on validation"
+            "- Referring to a human: always, for validation has no 20 images that could be answered with an error of "
+            f"at most {_percent(refer.max_error)}"
         )
     else:
         lines.append(

@@ -275,7 +275,7 @@ def _features_of(
                 f"{type(model).__name__} uses its classifier more than once for an image, so that no head can be "
                 "trained on its input; use finetune.strategy = 'full', or choose another model"
             )
-        own = classifier(features.to(device)).float().cpu()
+        own = _flat(classifier(features.to(device))).float().cpu()
         whole = whole and own.shape == logits.shape
         whole = whole and float((own - logits).abs().max()) <= tolerance * float(logits.abs().max())
         add(features)
@@ -315,12 +315,27 @@ def head_logits(
         parts = [
             logits
             for batch in torch.split(features.values, FORWARD_BATCH)
-            for logits in in_pieces(classifier, batch, lambda part: classifier(part.to(device)).float().cpu())
+            for logits in in_pieces(classifier, batch, lambda part: _flat(classifier(part.to(device))).float().cpu())
         ]
     return torch.cat(parts)
 
 
 # The head -----------------------------------------------------------------------------------------------------------
+
+
+def _flat(values: torch.Tensor) -> torch.Tensor:
+    """Return (B, C) of (B, C, 1, 1), which some networks' classifiers, 1 x 1 convolutions, take and give."""
+    return values.flatten(1) if values.ndim == 4 and values.shape[2:] == (1, 1) else values
+
+
+def _as_linear(classifier: nn.Module) -> nn.Module:
+    """Return the linear layer that a 1 x 1 convolution of 1 x 1 maps is, with its weights; others as they are."""
+    if not isinstance(classifier, nn.Conv2d) or classifier.kernel_size != (1, 1) or classifier.groups != 1:
+        return classifier
+    linear = nn.Linear(classifier.in_channels, classifier.out_channels, bias=classifier.bias is not None)
+    state = {key: value.flatten(1) if value.ndim == 4 else value for key, value in classifier.state_dict().items()}
+    linear.load_state_dict(state)
+    return linear
 
 
 class StandardisedHead(nn.Module):
@@ -335,9 +350,12 @@ class StandardisedHead(nn.Module):
 
     def __init__(self, classifier: nn.Module, values: torch.Tensor) -> None:
         super().__init__()
-        self.classifier = classifier
-        self.scaled = isinstance(classifier, nn.Linear) and values.ndim == 2
+        flat = _flat(values[:1]).ndim == 2
+        self.convolution = isinstance(classifier, nn.Conv2d)
+        self.classifier = classifier = _as_linear(classifier) if flat else classifier
+        self.scaled = isinstance(classifier, nn.Linear) and flat
         if isinstance(classifier, nn.Linear) and self.scaled:
+            values = _flat(values)
             scale, mean = values.var(0, correction=0).mean().sqrt(), values.mean(0)
             scale = scale if float(scale) > 1e-12 else torch.ones(())
             self.register_buffer("mean", mean)
@@ -349,9 +367,8 @@ class StandardisedHead(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Return logits (B, classes) of features (B, ...)."""
-        scaled = (values - self.mean) / self.scale if self.scaled else values
-        logits: torch.Tensor = self.classifier(scaled)
-        return logits
+        scaled = (_flat(values) - self.mean) / self.scale if self.scaled else values
+        return _flat(self.classifier(scaled))
 
     def fold(self) -> dict[str, torch.Tensor]:
         """Return the classifier's state dict for features that are not scaled."""
@@ -359,12 +376,14 @@ class StandardisedHead(nn.Module):
         if self.scaled:
             state["weight"] = state["weight"] / self.scale
             state["bias"] = state["bias"] - state["weight"] @ self.mean
+            if self.convolution:
+                state["weight"] = state["weight"][..., None, None]
         return state
 
 
 def load_grown(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Load a state dict, giving a bias to a classifier that had none before its features were centred."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.bias is None and f"{name}.bias" in state:
-            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is None and f"{name}.bias" in state:
+            module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)))
     model.load_state_dict(state)

@@ -28,7 +28,8 @@ from zoo.models.registry import (
 from zoo.models.weights import WeightsFile, resolve_weights
 from zoo.recipe import Recipe, load_recipe
 from zoo.recipe.effects import effect_notes
-from zoo.runs import Preprocessing, Run, RunRecord, find_run, run_name
+from zoo.runs import Preprocessing, Run, RunRecord, run_name
+from zoo.training.lineage import Source, source_run
 from zoo.training.strategy import frozen_names
 
 
@@ -37,6 +38,7 @@ class Plan:
     """One run, decided: everything that it needs is known to be there.
 
     place: a folder in place of the home's runs. notes: what is to be said of the recipe, and stands in the record.
+    own_head: False where the weights are of a run that told other classes apart.
     """
 
     recipe: Recipe
@@ -54,6 +56,7 @@ class Plan:
     leaks_accepted: bool = False
     place: Path | None = None
     notes: tuple[str, ...] = ()
+    own_head: bool = True
 
     @property
     def run(self) -> Run:
@@ -67,7 +70,9 @@ class Plan:
 
     def with_recipe(self, recipe: Recipe, seed: int) -> Plan:
         """Return the plan of a recipe that differs in how weights are averaged or scored alone, for a seed."""
-        digest = _recipe_digest(recipe, self.spec, self.preprocessing, self.weights, self.network, self.bad_images)
+        digest = _recipe_digest(
+            recipe, self.spec, self.preprocessing, self.weights, self.network, self.bad_images, self.own_head
+        )
         return replace(self, recipe=recipe, recipe_digest=digest).with_seed(seed)
 
     @property
@@ -94,7 +99,9 @@ class Plan:
         fresh, note = self.recipe.finetune.strategy != "full", ""
         if self.weights is not None:
             report = load_weights(model, self.weights, self.spec)
-            fresh, note = report.head != "kept", report.note
+            fresh, note = report.head != "kept" or not self.own_head, report.note
+            if report.head == "kept" and not self.own_head:
+                note = f"the classifier of {self.weights_label!r} told other classes apart: a fresh one takes its place"
         if fresh:
             _zero_heads(model)
         return model, note
@@ -185,13 +192,15 @@ def make_plan(
     _check_metric(recipe, dataset)
     spec = find_model(recipe.model.name)
     leaks_accepted = refuse_leaks(dataset, accept_leaks)
-    weights, weights_from, source_run = _weights(recipe, spec, dataset, root, offline)
-    preprocessing = preprocessing_of(recipe, spec, source_run, dataset)
+    weights, weights_from, source = _weights(recipe, spec, dataset, root, offline, accept_leaks)
+    before = source.record if source else None
+    preprocessing = preprocessing_of(recipe, spec, before, dataset)
     make_augment(recipe.policy, recipe.augment.transforms, preprocessing.image_size, seed)
     network, notes = _check_model(recipe, spec, preprocessing, len(dataset.classes))
-    _refuse_changed_network(source_run, network, len(dataset.classes))
+    _refuse_changed_network(before, network, len(dataset.classes))
     check_writable(root.runs)
-    recipe_digest = _recipe_digest(recipe, spec, preprocessing, weights, network, bad_images)
+    own_head = before is None or before.classes == dataset.classes
+    recipe_digest = _recipe_digest(recipe, spec, preprocessing, weights, network, bad_images, own_head)
     return Plan(
         recipe=recipe,
         dataset=dataset,
@@ -205,8 +214,9 @@ def make_plan(
         digest=digest_of([recipe_digest, dataset.split_digest, seed]),
         bad_images=bad_images,
         network=network,
-        leaks_accepted=leaks_accepted,
-        notes=notes,
+        leaks_accepted=leaks_accepted or (source is not None and source.leaks),
+        notes=(*notes, *(source.notes if source else ())),
+        own_head=own_head,
     )
 
 
@@ -217,6 +227,7 @@ def _recipe_digest(
     weights: WeightsFile | None,
     network: str | None,
     bad_images: str | None,
+    own_head: bool,
 ) -> str:
     """Return the identity of a recipe together with what its names stand for here."""
     from zoo.data.transforms import POLICY_VERSIONS
@@ -228,6 +239,13 @@ def _recipe_digest(
         "weights": weights.sha256 if weights else None,
         "augment": [recipe.policy, POLICY_VERSIONS.get(recipe.policy, 1)],
     }
+    trained = recipe.finetune.strategy != "linear-probe"
+    if trained and recipe.finetune.layer_decay < 1:
+        resolved["layer_decay"] = 2  # before, warm-up and min_lr were a share of a rate that no layer had
+    if trained and recipe.finetune.sampler == "balanced":
+        resolved["sampler"] = 2  # before, an image that is drawn again in an epoch was augmented as the first time
+    if not own_head:
+        resolved["head"] = "fresh"
     if network is not None:
         resolved["network"] = network
     if bad_images:
@@ -291,9 +309,9 @@ def check_shares(images: int, size: int, world: int) -> None:
 
 
 def _weights(
-    recipe: Recipe, spec: ModelSpec, dataset: Dataset, root: Home, offline: bool
-) -> tuple[WeightsFile | None, str, RunRecord | None]:
-    """Return the file of the weights, what kind of source named it, and the record where that is a run."""
+    recipe: Recipe, spec: ModelSpec, dataset: Dataset, root: Home, offline: bool, accept_leaks: bool
+) -> tuple[WeightsFile | None, str, Source | None]:
+    """Return the file of the weights, what kind of source named it, and that source where it is a run."""
     source = recipe.model.weights
     if source == "scratch":
         return None, "scratch", None
@@ -301,28 +319,8 @@ def _weights(
         return resolve_weights(spec, source, root, offline), "pretrained", None
     if source.endswith((".safetensors", ".pth", ".pt", ".bin")):
         return resolve_weights(spec, source, root, offline), "file", None
-    try:
-        run = find_run(source, root)
-    except ZooError as error:
-        raise ZooError(
-            f"model.weights must be 'pretrained', 'scratch', a .safetensors or .pth file, or a run. "
-            f"Got {one_line(source)!r}; {error}"
-        ) from error
-    record = run.record
-    if record.status != "finished":
-        raise ZooError(f"run {run.name!r} to go on from did not finish: {record.reason}; train it again")
-    if find_model(record.model).arch != spec.arch:
-        raise ZooError(
-            f"run {run.name!r} to go on from trained {record.model!r}, the recipe's model is {spec.name!r}; "
-            f"set model.name = {record.model!r}"
-        )
-    if record.dataset == dataset.name and record.split_digest != dataset.split_digest:
-        raise ZooError(
-            f"run {run.name!r} to go on from was trained on another split of {dataset.name!r} "
-            f"({record.split_digest[:8]}, now {dataset.split_digest[:8]}): its training images may stand in this "
-            "split's test; train it on this split first"
-        )
-    return resolve_weights(spec, str(run.weights_file), root, offline), "run", record
+    found = source_run(source, spec, dataset, root, accept_leaks)
+    return found.weights, "run", found
 
 
 def preprocessing_of(recipe: Recipe, spec: ModelSpec, source_run: RunRecord | None, dataset: Dataset) -> Preprocessing:

@@ -60,7 +60,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int
     from timm.scheduler import create_scheduler_v2
 
     table = recipe.schedule
-    lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in optimizer.param_groups)
+    lr = optimizer.defaults["lr"]  # that of the head; timm scales each layer's from it
     warmup = min(table.warmup_epochs, max(0.0, epochs - 1))
     common: dict[str, Any] = {
         "num_epochs": epochs,

@@ -236,12 +236,18 @@ class Trainer:
             if self._stopped_early:
                 break
         feature_cache.load_grown(model, self.best)
-        if self.recipe.finetune.strategy == "linear-probe" and val.whole:  # as test will be scored
-            self.best_logits = feature_cache.head_logits(classifier_of(model)[1], val, self.precision, self.device)
+        if self.recipe.finetune.strategy == "linear-probe":  # as test will be scored
+            self.best_logits = self._probe_logits(model, val)
         self.progress.train_s += charged
         self.progress.epoch = phase.first_epoch + phase.epochs - 1
         if self.recipe.finetune.strategy != "linear-probe":
             self.progress.stale_epochs = 0
+
+    def _probe_logits(self, model: nn.Module, val: feature_cache.Features) -> torch.Tensor:
+        if val.whole:
+            return feature_cache.head_logits(classifier_of(model)[1], val, self.precision, self.device)
+        preprocessing = self.plan.preprocessing
+        return feature_cache.pixels_logits(model, self.val_pixels, preprocessing, self.precision, self.device)
 
     # The whole network on augmented images ----------------------------------------------------------------------
 
