@@ -154,7 +154,10 @@ def _scores(record: BundleRecord, facts: CardFacts, val: Scores, test: Scores | 
     if not val:
         lines += [f"Scores on validation: {MISSING}.", ""]
     of_test = " Test: of the run that it was made from." if test else ""
-    lines.append(f"In brackets: intervals of 95 %. Validation: of the artefact itself.{of_test}")
+    lines.append(
+        f"In brackets: intervals of 95 %. Validation: of the artefact itself.{of_test} Scores of probabilities are "
+        "before the temperature; the section on calibration has both."
+    )
     columns = {"validation": val, **({"test": test} if test else {})}
     shown = [name for name in _METRICS if any(name in each for each in columns.values())]
     counts = [[name, *(_cell(each.get(key)) for each in columns.values())] for name, key in _COUNTS]
