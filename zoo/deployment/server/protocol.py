@@ -9,7 +9,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from zoo.deployment.server.limits import Limits
+from zoo.deployment.server.limits import TOO_SLOW, Limits
 from zoo.deployment.server.metrics import Metrics
 
 _DRAIN_S = 5.0  # for the rest of a body that nobody wants any more
@@ -19,14 +19,15 @@ _WAITING = (h11.IDLE, h11.SEND_RESPONSE)
 class TimedProtocol(H11Protocol):
     """A connection that `check`, called about twice a second, closes where its client is too slow.
 
-    Timed are the head of a request, its body by the bytes that came, the pause between requests, and a client that
-    does not read what it asked for; not the time that the server itself takes.
+    Timed are the head of a request, its body by the bytes that came and by its silences, the pause between requests,
+    and a client that does not read what it asked for; not the time that the server itself takes.
     """
 
     def __init__(self, limits: Limits, metrics: Metrics, **words: Any) -> None:
         super().__init__(**words)
         self.limits, self.metrics = limits, metrics
         self._since, self._got, self._reading = self.loop.time(), 0, self.conn.their_state
+        self._heard = self._since
         self._unread_since: float | None = None
         self._closing_since: float | None = None
 
@@ -46,8 +47,9 @@ class TimedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Count what came since the request, or its body, began."""
+        self._heard = self.loop.time()
         if self._got == 0:
-            self._since = self.loop.time()
+            self._since = self._heard
         self._got += len(data)
         super().data_received(data)
         if self.conn.their_state is not self._reading:
@@ -69,8 +71,11 @@ class TimedProtocol(H11Protocol):
         self._unread_since = None
         super().resume_writing()
 
-    def check(self, now: float) -> None:
-        """Close the connection where its time is over; `now` is the loop's time in seconds."""
+    def check(self, now: float, stopping_s: float = 0.0) -> None:
+        """Close the connection where its time is over.
+
+        now: the loop's time in seconds. stopping_s: for how long the server has been about to end.
+        """
         if self.transport.is_closing():
             self._closing_since = now if self._closing_since is None else self._closing_since
             if now - self._closing_since > self.limits.write_s:
@@ -88,16 +93,24 @@ class TimedProtocol(H11Protocol):
             self._give_up("head", status=408)
         elif state is h11.SEND_BODY and self.conn.our_state is h11.DONE and waited > _DRAIN_S:
             self._give_up("rest")
-        elif state is h11.SEND_BODY and waited > self._body_s():
+        elif state is h11.SEND_BODY and (waited > self._body_s() or self._is_silent(now)):
             self._give_up("body", status=408)
+        elif state is h11.SEND_BODY and stopping_s > self.limits.last_body_s:
+            self._give_up("body", status=503)
 
     def _body_s(self) -> float:
         return min(self.limits.body_longest_s, self.limits.body_s + self._got / self.limits.bytes_per_s)
 
+    def _is_silent(self, now: float) -> bool:
+        """Return whether a body has paused for too long; what came fast before is no credit for that."""
+        if self.flow.read_paused:  # by this server
+            self._heard = now
+        return now - self._heard > self.limits.silent_s
+
     def _give_up(self, phase: str, status: int = 0, close: bool = False) -> None:
         self.metrics.closed.labels(phase).inc()
         if status:
-            self._send_last(status, "too slow; the connection is closed")
+            self._send_last(status, "stopping" if status == 503 else TOO_SLOW)
         elif close:
             self.transport.close()
         else:
@@ -113,6 +126,7 @@ class TimedProtocol(H11Protocol):
             body = json.dumps({"error": reason}).encode()
             headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
             headers += [("Connection", "close"), ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
+            headers += [("Retry-After", "5")] * (status == 503)
             self.metrics.requests.labels("unread", str(status)).inc()
             for event in (
                 h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
