@@ -515,6 +515,20 @@ def test_the_notice_stands_where_the_model_is_medical_and_only_there(tab, image)
     api.expect(page.locator("#device")).to_be_hidden()
 
 
+def test_the_models_scores_say_whose_they_are(tab, address):
+    facts = httpx.get(f"{address}/model").raise_for_status().json()
+    rows = {
+        each.locator("dt").inner_text(): each.locator("dd").inner_text()
+        for each in tab.page.locator("#facts div").all()
+    }
+    for split, words in (("test", "on test"), ("val", "on validation")):
+        (said,) = [text for name, text in rows.items() if words in name]
+        assert said.startswith(f"{facts[split]['balanced_accuracy']:.3f} [") and said.endswith(
+            f", of {facts[f'{split}_of']}"
+        )
+    assert facts["test_of"] != facts["val_of"]
+
+
 def test_scores_are_not_rounded_to_certainty(tab, image):
     row = {
         "index": 0,

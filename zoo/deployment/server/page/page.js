@@ -402,7 +402,7 @@ function showFacts(facts) {
   for (const [split, words] of [["test", "on test"], ["val", "on validation"]]) {
     for (const [name, shown] of [["balanced_accuracy", "Balanced accuracy"], ["top1", "Accuracy"]]) {
       const said = interval(facts[split], name);
-      if (said) { rows.push([`${shown} ${words} [95\u00a0%]`, said]); break; }
+      if (said) { rows.push([`${shown} ${words} [95\u00a0%]`, `${said}, of ${facts[`${split}_of`]}`]); break; }
     }
   }
   $("facts").replaceChildren(...rows.filter(([, said]) => said).map(([name, said]) => {
