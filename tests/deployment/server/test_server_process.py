@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from live_server import heard, serve_command, status_from
+from live_server import answer_in, heard, serve_command, status_from
 from test_server_http import dicom, huge_png
 
 from zoo.cli import main
@@ -186,6 +186,33 @@ def test_a_client_that_left_is_not_computed_for(odd, picture):
     assert server.predict(data)[0] == 200
     lines = server.ask("GET", "/metrics")[2].splitlines()
     assert float(next(each for each in lines if each.startswith("zoo_batch_images_sum")).split()[1]) < 10
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_a_client_that_only_ends_its_side_is_answered(odd, picture, version):
+    server, data = odd(seconds_an_image=1.2), picture()
+    with server.connect() as sock:
+        sock.sendall(request(data).replace(b"HTTP/1.1", b"HTTP/" + version))
+        sock.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))  # until the server closes
+    status, head = answer_in(answer)
+    assert (status, answer[:17], answer.count(b"HTTP/1.1")) == (200, b"HTTP/1.1 200 OK\r\n", 1)
+    assert json.loads(answer[len(head) + 4 :])["predictions"][0]["error"] is None
+
+
+def test_all_that_was_asked_for_before_a_client_ended_its_side_is_answered(odd, picture):
+    server, data = odd(seconds_an_image=0.5), picture()
+    with server.connect() as sock:
+        sock.sendall(request(data) + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + request(data))
+        sock.shutdown(socket.SHUT_WR)
+        answers = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert answers.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert (answers.count(b"HTTP/1.1 200 OK\r\n"), answers.count(b"HTTP/1.1 ")) == (3, 3)
+    assert (answers.count(b'"predictions"'), answers.count(b'"alive"')) == (2, 1)
+    with server.connect() as sock:
+        sock.sendall(request(data)[:-1])
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1) == b""  # what is not whole never will be
 
 
 def test_images_of_several_requests_are_computed_together(odd, picture):

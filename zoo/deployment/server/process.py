@@ -20,7 +20,7 @@ import uvicorn
 
 from zoo.deployment.server.app import State
 from zoo.deployment.server.limits import Limits
-from zoo.deployment.server.protocol import TimedProtocol
+from zoo.deployment.server.protocol import HEAD_BYTES, TimedProtocol
 from zoo.errors import ZooError, one_line
 
 _BACKLOG = 1024
@@ -97,7 +97,7 @@ def serve(app: Any, sock: socket.socket, limits: Limits, started: Callable[[], N
         server_header=False,
         backlog=_BACKLOG,
         timeout_keep_alive=round(limits.idle_s),
-        h11_max_incomplete_event_size=16 << 10,
+        h11_max_incomplete_event_size=HEAD_BYTES,
     )
     server = _Server(config, state, limits, started)
     server.run(sockets=[sock])
