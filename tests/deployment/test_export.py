@@ -18,10 +18,12 @@ from zoo.deployment.bundle import SUMS, open_bundle
 from zoo.deployment.export import export
 from zoo.deployment.placing import sha256_of
 from zoo.deployment.predictor import Predictor
+from zoo.deployment.rules import fit_rules
 from zoo.deployment.runtime import Session
 from zoo.errors import ZooError
+from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import read_predictions
-from zoo.files import read_json
+from zoo.files import read_json, read_toml, write_toml
 from zoo.runs import list_runs
 from zoo.training.scoring import predictions_of
 
@@ -97,6 +99,27 @@ def test_nothing_in_a_bundle_names_this_machine(trained, run, form):
     for path, data in contents(bundle.path).items():
         for place in places:
             assert place.encode() not in data, (path.name, place)
+
+
+@pytest.mark.slow
+def test_the_class_of_the_healthy_is_the_one_that_the_dataset_names_now(trained, run):
+    assert run.record.negative_class == "normal"
+    file, said = trained.data / "tiny" / "dataset.toml", []
+    write_toml(file, read_toml(file) | {"negative_class": "benign"})
+    record = export(run, trained, on_note=said.append).record
+    assert record.negative_class == "benign"
+    assert said[0] == (
+        "when the run was trained, the class of the healthy was 'normal', and is now 'benign' in dataset.toml: rules "
+        "and scores go by the present one"
+    )
+    artefact = read_predictions(run.path / "exports" / "onnx-float32" / "predictions-val.npz")
+    assert (
+        record.rules == fit_rules(artefact, record.classes, "benign") != fit_rules(artefact, record.classes, "normal")
+    )
+    for scores, split in ((record.val, "val"), (record.test, "test")):
+        now, then = (compute_metrics(predictions_of(run, split), record.classes, each) for each in ("benign", "normal"))
+        assert scores["sensitivity"] == now["sensitivity"] and scores["specificity"] == now["specificity"]
+        assert (now["sensitivity"], now["specificity"]) != (then["sensitivity"], then["specificity"])
 
 
 # What the gate must see -------------------------------------------------------------------------------------------

@@ -139,6 +139,16 @@ def test_a_network_that_is_more_than_its_head_on_its_features_gives_no_map():
     assert graph.pooled_classifier(Scaled(2), 64) is None
 
 
+def test_a_classifier_that_is_a_1_x_1_convolution_gives_its_maps(tmp_path):
+    model = network("resnetv2_18", 64)
+    facts, mapped = write_onnx(model, 64, tmp_path / "model.onnx")
+    assert mapped and "fallback" not in facts
+    images = torch.randn(3, 3, 64, 64)
+    logits, maps = Session(tmp_path / "model.onnx", "onnx")(images.numpy())
+    bias = model.get_classifier().bias.detach().numpy()
+    np.testing.assert_allclose(maps.mean((2, 3)) + bias, logits, rtol=1e-3, atol=1e-4)
+
+
 def test_a_network_whose_parts_are_called_otherwise_gives_no_map():
     model = Scaled(1)
     model.forward_features = lambda images, mask: images

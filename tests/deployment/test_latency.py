@@ -87,6 +87,20 @@ def test_a_process_that_dies_is_a_reason(bundled, bundle):
     assert figures.latency_p50_ms is None and figures.reason == process.reason
 
 
+@pytest.mark.slow
+def test_a_run_whose_weights_are_gone_is_a_reason_until_they_are_back(bundled, bundle):
+    run = find_run(bundle.record.run, bundled)
+    away = run.weights_file.rename(run.path / "elsewhere")
+    found = latencies([bundle], bundled, eager=[run], threads=1, seconds=0.05)[bundle.name]
+    assert found.reason is None and found.latency_p50_ms > 0
+    assert found.eager.reason == "the run's weights are gone, so that there is nothing to compare with"
+    assert found.eager.latency_p50_ms is None and found.eager.size_mib is None
+    assert latencies([bundle], bundled, eager=[run], threads=1)[bundle.name] == found
+    away.rename(run.weights_file)
+    anew = latencies([bundle], bundled, eager=[run], threads=1, seconds=0.05)[bundle.name]
+    assert anew.eager.reason is None and anew.eager.size_mib > 0
+
+
 def test_a_bundle_that_was_changed_is_a_reason_and_nothing_is_kept(bundled, bundle):
     bundle.model_file.write_bytes(b"no model")
     found = latencies([bundle], bundled, threads=1, seconds=0.05)[bundle.name]

@@ -424,6 +424,83 @@ def test_a_busy_server_is_asked_again_when_it_says(tab, image):
     tab.said.clear()
 
 
+def _hold(page: Any) -> Callable[[int], Any]:
+    """Keep all predictions back; return `held(number)`, which waits for so many and returns the last of them."""
+    routes: list[Any] = []
+
+    def keep(route: Any) -> None:
+        routes.append(route)
+
+    page.route("**/predict?*", keep)
+
+    def held(number: int) -> Any:
+        for _ in range(1200):
+            if len(routes) >= number:
+                return routes[number - 1]
+            page.wait_for_timeout(50)
+        raise AssertionError(f"{len(routes)} were asked")
+
+    return held
+
+
+BUSY = {"status": 503, "headers": {"Retry-After": "1"}, "json": {"error": "busy"}}
+
+
+def test_an_image_that_waits_is_said_to_wait_where_it_is_chosen_and_nowhere_else(tab, image):
+    page = tab.page
+    tab.give(image)
+    before, state = _text(page, "#verdict"), page.get_attribute("#verdict", "data-state")
+    held = _hold(page)
+    page.set_input_files("#file", image)
+    held(1).fulfill(**BUSY)
+    api.expect(page.locator("#refer")).to_have_text("Asking again in 1 s (try 2 of 5).")
+    second = held(2)
+    page.locator("#history button").nth(1).click()
+    assert _text(page, "#verdict") == before
+    page.evaluate(
+        """() => { window.heard = []; const box = document.getElementById("verdict");
+        const all = { childList: true, subtree: true, characterData: true, attributes: true };
+        new MutationObserver(() => heard.push(box.textContent)).observe(box, all); }"""
+    )
+    second.fulfill(**BUSY)
+    third = held(3)
+    assert page.evaluate("heard") == [] and _text(page, "#verdict") == before
+    page.locator("#history button").nth(0).click()
+    assert _text(page, "#refer") == "Asking again in 1 s (try 3 of 5)."
+    assert page.get_attribute("#verdict", "data-state") == "busy"
+    page.locator("#history button").nth(1).click()
+    third.continue_()
+    api.expect(page.locator("#history li .said", has_text=re.compile(r"\d"))).to_have_count(2)
+    assert (_text(page, "#verdict"), page.get_attribute("#verdict", "data-state")) == (before, state)
+    page.locator("#history button").nth(0).click()
+    assert page.get_attribute("#verdict", "data-state") in ("answer", "refer")
+    tab.said.clear()
+
+
+def test_an_image_that_is_asked_about_anew_waits_for_its_turn_and_can_be_stopped(tab, image):
+    page = tab.page
+    held = _hold(page)
+    page.set_input_files("#file", image)
+    held(1).abort()
+    page.wait_for_selector(FAILED)
+    page.set_input_files("#file", image)
+    held(2)
+    page.locator("#history button").nth(1).click()
+    assert "cannot be reached" in _text(page, "#refer")
+    page.click("#again")
+    assert _text(page, "#label") == "Waiting its turn" and not page.locator("#again").is_visible()
+    page.locator("#history button").nth(0).click()
+    assert _text(page, "#label") == "Asking the model"
+    page.locator("#history button").nth(1).click()
+    page.click("#stop")
+    api.expect(page.locator("#refer")).to_have_text("Stopped.")
+    api.expect(page.locator("#history li .said")).to_have_text(["No answer", "No answer"])
+    page.unroute("**/predict?*")
+    page.click("#again")
+    page.wait_for_selector(ASKED)
+    tab.said.clear()
+
+
 def test_waiting_can_be_stopped_and_a_server_that_left_is_said(tab, image):
     page = tab.page
     page.route("**/predict?*", lambda route: route.fulfill(status=503, headers={"Retry-After": "50"}, json={}))
@@ -513,6 +590,15 @@ def test_the_notice_stands_where_the_model_is_medical_and_only_there(tab, image)
     assert len(tab.predictions()) == before + 1 and "model=hostile" in tab.predictions()[-1].url
     page.select_option("#model", index=0)
     api.expect(page.locator("#device")).to_be_hidden()
+
+
+def test_the_models_scores_say_whose_they_are(tab, address):
+    facts = httpx.get(f"{address}/model").raise_for_status().json()
+    for split, words in (("test", "on test"), ("val", "on validation")):
+        said = tab.page.locator(f"#facts div:has(dt:text('{words}')) dd").inner_text()
+        assert said.startswith(f"{facts[split]['balanced_accuracy']:.3f} [")
+        assert said.endswith(f", of {facts[f'{split}_of']}")
+    assert facts["test_of"] != facts["val_of"]
 
 
 def test_scores_are_not_rounded_to_certainty(tab, image):

@@ -12,6 +12,7 @@ from zoo.deployment.predictor import Predictor, find_images
 from zoo.deployment.rules import fit_rules
 from zoo.errors import ZooError
 from zoo.evaluation.calibration import apply_temperature
+from zoo.files import read_toml, write_toml
 from zoo.runs import list_runs
 from zoo.training.scoring import predictions_of
 
@@ -48,6 +49,21 @@ def test_a_run_is_given_by_itself_its_name_or_its_folder(trained, run):
     assert rows[0] == rows[1] == rows[2]
     keys = {"path", "label", "scores", "prediction_set", "refer", "refer_reason", "error", "operating_points"}
     assert set(rows[0]) == keys
+
+
+def test_a_run_has_the_rules_of_the_class_that_the_dataset_calls_healthy_now(trained, run):
+    file, val, classes = trained.data / "tiny" / "dataset.toml", predictions_of(run, "val"), run.record.classes
+    told = read_toml(file)
+    for changes, negative in (
+        ({"negative_class": "benign"}, "benign"),
+        ({"negative_class": "benign", "classes": classes[::-1]}, "normal"),  # another dataset by now
+    ):
+        write_toml(file, told | changes)
+        predictor = Predictor.load(run, trained, device="cpu")
+        assert predictor.negative_class == negative and predictor.rules == fit_rules(val, classes, negative)
+    file.unlink()
+    assert Predictor.load(run, trained, device="cpu").negative_class == "normal" == run.record.negative_class
+    assert fit_rules(val, classes, "benign") != fit_rules(val, classes, "normal")
 
 
 def test_a_bad_file_is_a_row_with_a_reason(trained, run, tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from zoo.errors import ZooError
 from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import Predictions
+from zoo.reporting.changes import rounded, what_would_change
 from zoo.reporting.pareto import pareto_front, plot_pareto
 from zoo.reporting.pick import (
     Candidate,
@@ -19,8 +20,6 @@ from zoo.reporting.pick import (
     nearest_misses,
     parse_minimum,
     parse_minimums,
-    rounded,
-    what_would_change,
 )
 from zoo.reporting.picked import candidate_rows, change_words, miss_words, notes_of, reason_of, words_of_test
 
@@ -80,6 +79,78 @@ def test_nothing_fits_names_the_nearest_first():
     assert reason_of(choosing, choice, limits, 0.01).startswith("nothing fits: 0 of 3 candidates keep")
     [first, *_] = what_would_change(choosing, limits, 0.01, choice)
     assert first.opens and first.pick.name == "near" and first.to == 11.0
+
+
+def one_sided(name, label):
+    """A candidate that keeps any limit, on a val of one class alone."""
+    own = predictions(190)
+    own = Predictions(own.sample_ids, own.groups, np.full(200, label), own.logits)
+    return Candidate(name, name, own, compute_metrics(own, CLASSES, "well"), {"latency": 1.0})
+
+
+@pytest.mark.parametrize(
+    "metric, label, why",
+    [
+        ("sensitivity", 1, "it has no image of any class but the healthy one"),
+        ("specificity", 0, "it has no image of the healthy class"),
+        ("auroc", 0, "its images are of one class alone"),
+        ("auprc", 1, "its images are of one class alone"),
+    ],
+)
+def test_a_metric_that_is_not_defined_on_val_is_said_to_be(metric, label, why):
+    choosing = Choosing([one_sided("a", label), one_sided("b", label)], metric=metric, negative=1)
+    limits = make_limits(max_latency_ms=20)
+    choice = choosing.choose(limits, 0.01)
+    said = f"{metric} is not defined on val: {why}; split anew with `zoo data split`, or ask for another metric"
+    assert choice.chosen is None and nearest_misses(choosing, choice) == []
+    assert reason_of(choosing, choice, limits, 0.01) == (
+        f"nothing fits: 2 of 2 candidates keep p50 latency at most 20 ms; {said}"
+    )
+    assert reason_of(choosing, choosing.choose([], 0.01), [], 0.01) == f"nothing fits: {said}"
+    assert what_would_change(choosing, limits, 0.01, choice) == []
+
+    rows = candidate_rows(choosing, choice, choosing.intervals())
+    assert [row[f"val_{metric}_ci"] for row in rows] == [None, None]
+    document = {"dataset": "d", "metric": metric, "cost": "latency", "percentile": "p50", "candidates": rows}
+    assert f"{metric} is not defined on val" in [each.get_text() for each in plot_pareto(document).texts]
+
+    ranked = Choosing([one_sided("a", label)], negative=1)  # by top1; the limit is what has no value
+    limits = make_limits(minimums={metric: 0.5}, classes=CLASSES)
+    reason = reason_of(ranked, ranked.choose(limits, 0.01), limits, 0.01)
+    assert reason == f"nothing fits: 0 of 1 candidates keep {metric} at least 0.5; {said}"
+
+
+def test_no_margin_is_told_that_the_command_would_refuse():
+    rows = [candidate("best", 5, 30), candidate("poor", 1, 1)]
+    few = predictions(5, of=6, groups=3), predictions(1, of=6, groups=3)
+    rows = [
+        Candidate(each.name, each.name, own, compute_metrics(own, CLASSES), each.costs)
+        for each, own in zip(rows, few, strict=True)
+    ]
+    choosing = Choosing(rows)
+    choice = choosing.choose([], 0.01)
+    assert choice.chosen.name == "best" and choice.differences["poor"].low < -1  # intervals are not clipped
+    assert what_would_change(choosing, [], 0.01, choice) == []
+    assert "which may be worse by 1.000)" in reason_of(choosing, choice, [], 0.01)
+
+
+@pytest.mark.parametrize(
+    "sense, bound, values, told",
+    [("at most", 20.0, (10.0, 5.0, 2.0), 9.9), ("at least", 0.4, (0.5, 0.6, 0.7), 0.501)],
+)
+def test_the_first_tightening_that_changes_the_choice_is_told_also_where_it_throws_out_the_best(
+    sense, bound, values, told
+):
+    named = zip(("best", "near", "less"), (190, 188, 186), (9.0, 5.0, 2.0), values, strict=True)
+    rows = [candidate(name, right, latency, memory=value) for name, right, latency, value in named]
+    choosing, limit = Choosing(rows), Limit("memory", sense, bound, "it")
+    # The margin lets `near` in beside `best`, and `less` only beside `near`.
+    margin = rounded(-choosing.against(rows[1], rows[0]).low, up=True)
+    assert -choosing.against(rows[2], rows[1]).low <= margin < -choosing.against(rows[2], rows[0]).low
+    choice = choosing.choose([limit], margin)
+    assert choice.chosen.name == "near" and choice.best.name == "best"
+    [change] = [each for each in what_would_change(choosing, [limit], margin, choice) if each.limit]
+    assert (change.to, change.pick.name, change.opens) == (told, "less", False)
 
 
 def test_a_limit_on_what_is_not_known_is_not_kept():
@@ -228,6 +299,11 @@ def test_a_choice_keeps_its_word(rows, most, margin):
         redone = choosing.choose(changed, change.to if change.limit is None else margin).chosen
         assert (redone.name if redone else None) == (change.pick.name if change.pick else None)
         assert change.pick is None or change.pick.name != choice.chosen.name
+        if change.limit is not None and not change.opens:  # nor does a smaller one, just past another's latency
+            for value in (each.costs["latency"] for each in fits if change.to < each.costs["latency"]):
+                bound = rounded(value, up=False, past=True)
+                tried = choosing.choose([Limit("latency", "at most", bound, "p50 latency")], margin).chosen
+                assert bound <= change.to or tried.name == choice.chosen.name
 
 
 @given(st.floats(1e-6, 1e6), st.booleans())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from zoo.evaluation.metrics import compute_metrics
 from zoo.evaluation.predictions import read_predictions
 from zoo.files import sha256_file, write_json
 from zoo.runs import Run, list_runs
+from zoo.training.plan import make_plan
 from zoo.training.precision import choose_device
 from zoo.training.scoring import evaluate, load_model, predictions_of
 
@@ -193,3 +195,19 @@ def test_a_run_whose_scoring_fails_is_noted_as_looked_at_and_its_lock_is_free(tr
     assert len(trained.ledger.read_text().splitlines()) == looks + 1
     evaluate(run, "test", trained)
     assert run.scored("test") and not list(trained.locks.glob("*.json"))
+
+
+def test_a_run_of_classes_in_another_order_is_no_longer_scored_and_is_trained_anew(trained, make_recipe):
+    run = next(each for each in list_runs(trained) if "--tiny--s0" in each.name)
+    before = make_plan("tiny", "tiny", 0, trained)
+    assert before.run.name == run.name
+    file = trained.data / "tiny" / "dataset.toml"
+    text = file.read_text()
+    order = ", ".join(f'"{name}"' for name in load_dataset("tiny", trained).classes[::-1])
+    file.write_text(re.sub(r"classes = \[[^\]]*\]", f"classes = [{order}]", text))
+    run.metrics_file("test").unlink()
+    with pytest.raises(ZooError, match=r"tells benign, malignant, normal apart, in this order; .* normal, malignant"):
+        evaluate(run, "test", trained)
+    after = make_plan("tiny", "tiny", 0, trained)
+    assert after.run.name != run.name
+    assert after.with_seed(1).digest == make_plan("tiny", "tiny", 1, trained).digest

@@ -8,11 +8,12 @@ from typing import Any
 
 from zoo.data.cache import open_pixels
 from zoo.data.manifest import Dataset
-from zoo.deployment.bundle import Bundle, list_bundles, open_bundle, read_record
-from zoo.deployment.export import export, exports_folder, scores
+from zoo.deployment.bundle import Bundle, BundleRecord, list_bundles, open_bundle, read_record
+from zoo.deployment.export import class_fault, export, exports_folder, healthy_fault, scores
 from zoo.deployment.parity import artefact_predictions
 from zoo.deployment.speed import subject_of
 from zoo.errors import Interrupted, ZooError, one_line
+from zoo.evaluation.calibration import apply_temperature, fit_temperature
 from zoo.evaluation.ledger import record_look
 from zoo.evaluation.metrics import compute_metrics, score
 from zoo.evaluation.predictions import Predictions, read_predictions, write_predictions
@@ -22,13 +23,21 @@ from zoo.runs import Run
 from zoo.training.scoring import predictions_of
 
 Progress = Callable[[str, int, int], None]
+OF_SCORES = (
+    "auroc",
+    "auprc",
+    "log_loss",
+    "brier",
+    "ece",
+)  # a temperature changes them; auroc, auprc of three classes on
 
 
 @dataclass(frozen=True, eq=False)
 class Offer:
     """A bundle that could be deployed, or the reason why there is none.
 
-    network: the same for float32 bundles of one run. predictions, val: of the artefact on val, and their metrics.
+    network: the same for float32 bundles of one run. predictions, val: the artefact's answers on val, hence with its
+    logits divided by the bundle's temperature, and their metrics.
     """
 
     name: str
@@ -41,6 +50,23 @@ class Offer:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+def set_apart(runs: Sequence[Run], dataset: Dataset) -> tuple[list[Run], list[Offer]]:
+    """Return the runs whose outputs are the dataset's classes, in order, and an offer with its reason for each other.
+
+    Of the others the logits stand in another order than the labels. Raises ZooError where no run is left.
+    """
+    alike, apart = [], []
+    for run in runs:
+        fault = class_fault(run, dataset)
+        if fault is None:
+            alike.append(run)
+        else:
+            apart.append(Offer(run.name, run, reason=fault, facts=_facts_of_run(run)))
+    if apart and not alike:
+        raise ZooError(f"there is no run to pick from, of {len(apart)}: {apart[0].reason}")
+    return alike, apart
+
+
 def best_seeds(runs: Sequence[Run], metric: str, dataset: Dataset) -> tuple[list[Run], list[Offer], list[str]]:
     """Return for each recipe the run that is best on val among its seeds, and notes that say so.
 
@@ -51,7 +77,7 @@ def best_seeds(runs: Sequence[Run], metric: str, dataset: Dataset) -> tuple[list
     for run in runs:
         record = run.record
         try:
-            said[run.name] = _val_metrics(run, dataset)
+            said[run.name] = _val_metrics(run, dataset, metric)
         except ZooError as error:
             broken.append(Offer(run.name, run, reason=one_line(error), facts=_facts_of_run(run)))
             continue
@@ -65,11 +91,17 @@ def best_seeds(runs: Sequence[Run], metric: str, dataset: Dataset) -> tuple[list
     return chosen, broken, notes
 
 
-def _val_metrics(run: Run, dataset: Dataset) -> dict[str, Any]:
-    """Return a run's metrics on val, anew where another class is healthy now than when it was trained."""
-    if run.record.negative_class == dataset.negative_class:
+def _val_metrics(run: Run, dataset: Dataset, metric: str) -> dict[str, Any]:
+    """Return a run's metrics on val, anew where another class is healthy now than when it was trained.
+
+    Where scores are what is ranked, they are those that its bundle would give, at a temperature fitted on val.
+    """
+    if run.record.negative_class == dataset.negative_class and metric not in OF_SCORES:
         return run.metrics("val")
-    return compute_metrics(predictions_of(run, "val"), run.record.classes, dataset.negative_class)
+    said = predictions_of(run, "val")
+    if metric in OF_SCORES:
+        said = apply_temperature(said, fit_temperature(said))
+    return compute_metrics(said, run.record.classes, dataset.negative_class)
 
 
 def without_run(failed: Sequence[Run], known: set[str]) -> list[Offer]:
@@ -88,23 +120,27 @@ def gather(
 ) -> tuple[list[Offer], list[str]]:
     """Return what the chosen runs offer: their bundles, and one in ONNX float32 made where there is none; and notes.
 
-    What cannot be exported, opened or scored is an offer with a reason.
+    A bundle under the usual name that is of other weights, or of another class of the healthy, is made anew. What
+    cannot be exported, opened or scored is an offer with a reason.
     """
     found, passed_over = _bundles_of(chosen, runs, root)
-    offers = []
+    offers, notes = [], []
     for place, run in enumerate(chosen):
         progress("exporting", place, len(chosen))
-        plain = f"{run.name}--onnx-float32"
-        if plain not in found[run.name]:
+        plain, names = f"{run.name}--onnx-float32", set(found[run.name])
+        stale = _stale(read_record(root.bundles / plain), run, dataset) if plain in names else None
+        if stale or plain not in names:
             reason = _export(run, root)
-            if reason is not None:
-                offers.append(Offer(plain, run, reason=f"it could not be exported: {reason}", facts=_facts_of_run(run)))
+            if reason is None:
+                names.add(plain)
+                notes += [f"{one_line(plain)} was exported anew: {stale}"] if stale else []
             else:
-                found[run.name].append(plain)
-        offers += [_offer(name, run, dataset, root) for name in sorted(found[run.name])]
+                names.discard(plain)
+                offers.append(Offer(plain, run, reason=f"it could not be exported: {reason}", facts=_facts_of_run(run)))
+        offers += [_offer(name, run, dataset, root) for name in sorted(names)]
     progress("exporting", len(chosen), len(chosen))
     left = f"{passed_over} bundle{'s' if passed_over != 1 else ''} of other seeds passed over"
-    return offers, [left] if passed_over else []
+    return offers, [*notes, *([left] if passed_over else [])]
 
 
 def _bundles_of(chosen: Sequence[Run], runs: Sequence[Run], root: Home) -> tuple[dict[str, list[str]], int]:
@@ -119,15 +155,14 @@ def _bundles_of(chosen: Sequence[Run], runs: Sequence[Run], root: Home) -> tuple
         if own in found:
             found[own].append(name)
         passed_over += own in others
-    for run in chosen:
-        plain = f"{run.name}--onnx-float32"
-        if plain in found[run.name] and not _fresh(plain, run, root):
-            found[run.name].remove(plain)  # it is made anew
     return found, passed_over
 
 
-def _fresh(name: str, run: Run, root: Home) -> bool:
-    return read_record(root.bundles / name).weights_sha256 == run.record.weights_sha256
+def _stale(record: BundleRecord, run: Run, dataset: Dataset) -> str | None:
+    """Return why a bundle does not hold any more, or None: its rules would be about another class than its scores."""
+    if record.weights_sha256 != run.record.weights_sha256:
+        return "it is of other weights than the run has now"
+    return healthy_fault(run.record.classes, record.negative_class, dataset.negative_class)
 
 
 def _export(run: Run, root: Home) -> str | None:
@@ -152,9 +187,9 @@ def _offer(name: str, run: Run, dataset: Dataset, root: Home) -> Offer:
         bundle = open_bundle(name, root)
         record = bundle.record
         facts |= {"format": record.format, "precision": record.precision}
-        if record.weights_sha256 != run.record.weights_sha256:
-            raise ZooError("it is of other weights than the run has now; export it again")
-        predictions = _val_predictions(bundle, run, dataset)
+        if stale := _stale(record, run, dataset):
+            raise ZooError(f"{stale}; export it again")
+        predictions = apply_temperature(_val_predictions(bundle, run, dataset), record.rules.temperature)
         val = compute_metrics(predictions, run.record.classes, dataset.negative_class)
     except Interrupted:
         raise
@@ -199,9 +234,10 @@ def score_test(
 ) -> dict[str, Any]:
     """Return the artefact's scores on test, each with `<metric>_ci`; `images`, `groups` and `first_look` beside them.
 
-    A run that was scored on test in float32 said what its float32 artefact says, label for label on val: its
-    predictions are taken, and test is not looked at again. Else test is scored once for each artefact, and the ledger
-    is told before; what was found is kept beside the run.
+    They are of its answers, hence of the logits divided by the bundle's temperature; what is kept are the logits. A run
+    that was scored on test in float32 said what its float32 artefact says, label for label on val: its predictions are
+    taken, and test is not looked at again. Else test is scored once for each artefact, and the ledger is told before;
+    what was found is kept beside the run.
     """
     bundle, run = offer.bundle, offer.run
     assert bundle is not None
@@ -217,7 +253,8 @@ def score_test(
     groups = int(predictions.group_codes.max()) + 1 if len(predictions.y_true) else 0
     counts = {"images": len(predictions.y_true), "groups": groups, "first_look": first}
     record = run.record.model_copy(update={"negative_class": dataset.negative_class})
-    return {**counts, **scores(predictions, record)}
+    answers = apply_temperature(predictions, bundle.record.rules.temperature)
+    return {**counts, **scores(answers, record)}
 
 
 def _of_the_run(offer: Offer) -> Predictions | None:

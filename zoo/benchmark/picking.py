@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.benchmark.offers import Offer, best_seeds, gather, score_test, without_run
+from zoo.benchmark.offers import OF_SCORES, Offer, best_seeds, gather, score_test, set_apart, without_run
 from zoo.data.manifest import Dataset, load_dataset
 from zoo.deployment.bundle import Bundle
 from zoo.deployment.latency import check_threads, latencies
@@ -16,10 +16,11 @@ from zoo.deployment.speed import Latency
 from zoo.errors import Interrupted, ZooError, nearest, one_line
 from zoo.evaluation.floors import FLOOR_METRICS, dataset_floors
 from zoo.evaluation.ledger import looks_at_test
-from zoo.evaluation.metrics import METRIC_SIGN, negative_index
+from zoo.evaluation.metrics import negative_index
 from zoo.evaluation.resampling import METRICS
 from zoo.evaluation.statistics import metric_intervals
 from zoo.files import Home, home
+from zoo.reporting.changes import what_would_change
 from zoo.reporting.comparison import refuse_different
 from zoo.reporting.pick import (
     COSTS,
@@ -29,9 +30,9 @@ from zoo.reporting.pick import (
     Choosing,
     Limit,
     check_defined,
+    largest_margin,
     make_limits,
     nearest_misses,
-    what_would_change,
 )
 from zoo.reporting.picked import candidate_rows, change_words, limit_words, miss_words, notes_of, reason_of
 from zoo.runs import Run, find_run, runs_on_split
@@ -92,7 +93,7 @@ class Wish:
                 raise ZooError(
                     f"{what} must be one of {', '.join(known)}. Got {one_line(value, 80)!r}{nearest(value, known)}"
                 )
-        most = 1.0 if METRIC_SIGN[self.metric] > 0 else math.inf
+        most = largest_margin(self.metric)
         if not (0 <= self.margin <= most and self.margin < math.inf):
             raise ZooError(
                 f"the margin must be {'in [0, 1]' if most == 1 else '0 or more'} of {self.metric}; 0.01 is one point. "
@@ -137,7 +138,7 @@ def pick(
     ledger before. progress: called with a step's name, what is done and in all.
 
     Raises ZooError, with the nearest misses, where nothing keeps the limits; and for runs that are of different
-    splits, or not of the dataset's present one.
+    splits or not of the dataset's present one, or none of which has its present classes in order.
     """
     wish = Wish(max_latency_ms, max_size_mb, max_memory_mb, minimums or {}, margin, metric, cost, percentile)
     found = outcome(source, wish, root, threads=threads, again=again, test=test, progress=progress)
@@ -183,9 +184,10 @@ def outcome(
     dataset, runs, failed = _runs(source, root)
     limits = wish.limits(dataset.classes, dataset.negative_class)
     check_threads(threads)
+    runs, apart = set_apart(runs, dataset)
     chosen_runs, broken, notes = best_seeds(runs, wish.metric, dataset)
     offers, more = gather(chosen_runs, runs, dataset, root, shown)
-    offers += broken + without_run(failed, {each.run.record.recipe for each in offers})
+    offers += apart + broken + without_run(failed, {each.run.record.recipe for each in offers})
     ready = [each for each in offers if each.bundle is not None]
     speeds = latencies(
         [each.bundle for each in ready if each.bundle is not None],
@@ -203,7 +205,7 @@ def outcome(
     document = _document(choosing, choice, limits, wish, floors)
     document |= {"dataset": dataset.name, "split_digest": dataset.split_digest, "floors": floors}
     document |= _measured(speeds)
-    document["notes"] += [*notes, *more, *_leaks(runs)]
+    document["notes"] += [*_of_answers(wish.metric, dataset.classes), *notes, *more, *_leaks(runs)]
     offer = next((each for each in offers if choice.chosen and each.name == choice.chosen.name), None)
     document |= {"run": offer.run.name if offer else None, "bundle": offer.name if offer else None, "test": None}
     if offer is None or offer.bundle is None:
@@ -254,6 +256,15 @@ def _runs(source: Any, root: Home) -> tuple[Dataset, list[Run], list[Run]]:
 def _policy(runs: list[Run]) -> str | None:
     """Return the policy for bad images that the floors go by: as the runs did."""
     return "skip" if any(run.record.bad_images == "skip" for run in runs) else None
+
+
+def _of_answers(metric: str, classes: list[str]) -> list[str]:
+    if metric not in OF_SCORES or (metric in ("auroc", "auprc") and len(classes) == 2):
+        return []  # no temperature changes it
+    return [
+        f"{metric} is of the answers, softmax(logits / temperature); the temperature of each candidate was fitted on "
+        "the same val by which it is ranked"
+    ]
 
 
 def _leaks(runs: list[Run]) -> list[str]:

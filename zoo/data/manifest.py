@@ -111,6 +111,15 @@ def load_dataset(name: str, root: Home | None = None, *, make_builtin: bool = Tr
     )
 
 
+def present_classes(name: str, root: Home | None = None) -> tuple[list[str], str | None]:
+    """Return a dataset's classes and that of the healthy, or None, as its `dataset.toml` has them now.
+
+    The manifest is not read. Raises ZooError where there is no such file, or it is damaged.
+    """
+    record = _read_record((root or home()).data / check_name(name, "dataset"))
+    return list(record["classes"]), record.get("negative_class")
+
+
 def _refuse_without_images(name: str) -> None:
     """Raise ZooError where a name is that of a public data set, which has to be downloaded first."""
     from zoo.data.canonical import canonical_names, canonical_record

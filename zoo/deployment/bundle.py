@@ -22,6 +22,8 @@ MODEL_FILES = {"onnx": ("model.onnx",), "openvino": ("model.xml", "model.bin")}
 FORMATS = tuple(MODEL_FILES)
 PRECISIONS = ("float32", "fp16", "bf16", "int8")
 MAX_RECORD_BYTES = 16 << 20
+VAL_OF, TEST_OF = "the artefact itself", "the run that it was made from"
+"""Whose scores a record's `val` and `test` are: the artefact is compared with its network on val alone."""
 
 
 class Conformal(BaseModel):

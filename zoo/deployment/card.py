@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from zoo.deployment.bundle import RECORD, SUMS, BundleRecord
+from zoo.deployment.bundle import RECORD, SUMS, TEST_OF, VAL_OF, BundleRecord
 from zoo.deployment.facts import CardFacts
 from zoo.errors import one_line
 
@@ -153,8 +153,11 @@ def _scores(record: BundleRecord, facts: CardFacts, val: Scores, test: Scores | 
     lines = ["## Scores", ""]
     if not val:
         lines += [f"Scores on validation: {MISSING}.", ""]
-    of_test = " Test: of the run that it was made from." if test else ""
-    lines.append(f"In brackets: intervals of 95 %. Validation: of the artefact itself.{of_test}")
+    of_test = f" Test: of {TEST_OF}." if test else ""
+    lines.append(
+        f"In brackets: intervals of 95 %. Validation: of {VAL_OF}.{of_test} Scores of probabilities are "
+        "before the temperature; the section on calibration has both."
+    )
     columns = {"validation": val, **({"test": test} if test else {})}
     shown = [name for name in _METRICS if any(name in each for each in columns.values())]
     counts = [[name, *(_cell(each.get(key)) for each in columns.values())] for name, key in _COUNTS]

@@ -131,7 +131,8 @@ def export(
     replaced whole where not; one of another run, format or precision only with `replace`. margin: 0.01, one point, and
     metric: top1, where left out; of a choice of `zoo.pick` whose format and precision are left out, those that its
     bundle was judged by. name: of the bundle, else `<run>--<format>-<precision>`. progress: called with a step's name,
-    and what is done and in all. on_note: called with what is worth saying.
+    and what is done and in all. on_note: called with what is worth saying. The class of the healthy is the one that
+    the dataset names now, whatever it was when the run was trained.
 
     Raises ZooError where the run did not finish, its dataset is gone or was split anew, an image is gone or changed,
     the network cannot be exported, the gate fails, a package is missing, or the disk is full; nothing half-written
@@ -151,6 +152,7 @@ def export(
     usual = own.name if own else f"{run.name}--{format}-{precision}"
     bundle_name = check_name(name, "bundle") if name is not None else usual
     dataset = _dataset(run, record, root)
+    record = _healthy_as_now(record, dataset, say)
     shown = progress or (lambda *_: None)
     job = _Job(run, record, root, dataset, format, precision, bundle_name, metric, margin, shown)
     if not replace:
@@ -211,6 +213,35 @@ def _check_target(job: _Job) -> None:
         )
 
 
+def class_fault(run: Run, dataset: Dataset) -> str | None:
+    """Return why a run's outputs are not the dataset's classes, in order, and what mends it; None where they are."""
+    classes = run.record.classes
+    if dataset.classes == classes:
+        return None
+    return (
+        f"the classes of {dataset.name!r} stand in another order, or are others, than when run {run.name!r} was "
+        f"trained: {one_line(', '.join(dataset.classes), 100)}, then {one_line(', '.join(classes), 100)}; "
+        "set the old ones in dataset.toml, or delete the run's folder and train it again"
+    )
+
+
+def healthy_fault(classes: list[str], then: str | None, now: str | None) -> str | None:
+    """Return in words that another class is the healthy one than was then; None where it is the same."""
+    unnamed = negative_index(classes, None)
+    usual = None if unnamed is None else classes[unnamed]
+    one, two = (usual if each is None else each for each in (then, now))
+    said, is_now = ("none" if each is None else repr(one_line(each, 60)) for each in (one, two))
+    return None if one == two else f"the class of the healthy was {said}, and is now {is_now} in dataset.toml"
+
+
+def _healthy_as_now(record: RunRecord, dataset: Dataset, say: Note) -> RunRecord:
+    """Return the record with the class of the healthy that users act on; training did not depend on it."""
+    changed = healthy_fault(record.classes, record.negative_class, dataset.negative_class)
+    if changed is not None:
+        say(f"when the run was trained, {changed}: rules and scores go by the present one")
+    return record.model_copy(update={"negative_class": dataset.negative_class})
+
+
 def _dataset(run: Run, record: RunRecord, root: Home) -> Dataset:
     """Return the dataset of a run; raises ZooError unless it is the one that the run was trained on."""
     dataset = load_dataset(record.dataset, root, make_builtin=False)
@@ -219,12 +250,8 @@ def _dataset(run: Run, record: RunRecord, root: Home) -> Dataset:
             f"run {run.name!r} was trained on another split of {dataset.name!r} ({record.split_digest[:8]}, now "
             f"{dataset.split_digest[:8]}), so that its val images cannot judge the export; train it again"
         )
-    if dataset.classes != record.classes:
-        raise ZooError(
-            f"the classes of {dataset.name!r} stand in another order, or are others, than when run {run.name!r} was "
-            f"trained: {one_line(', '.join(dataset.classes), 100)}, then {one_line(', '.join(record.classes), 100)}; "
-            "set the old ones in dataset.toml, or train it again"
-        )
+    if fault := class_fault(run, dataset):
+        raise ZooError(fault)
     return dataset
 
 

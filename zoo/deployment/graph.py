@@ -29,11 +29,11 @@ _TRIED_BATCHES = (1, 3)
 class _Exported(nn.Module):
     """What is traced: logits and, for a network that pools and then is linear, each class's map before pooling."""
 
-    def __init__(self, model: Any, classifier: nn.Linear | None) -> None:
+    def __init__(self, model: Any, classifier: nn.Linear | nn.Conv2d | None) -> None:
         super().__init__()
         self.model = model
         # Its own copy: a large weight that the graph itself reshapes is one that NNCF cannot read.
-        weight = None if classifier is None else classifier.weight.detach()[:, :, None, None].clone()
+        weight = None if classifier is None else _as_convolution(classifier.weight.detach()).clone()
         self.map_weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
 
     def forward(self, images: torch.Tensor) -> Any:
@@ -148,7 +148,11 @@ def onnx_bytes(proto: Any) -> bytes:
     return data
 
 
-def pooled_classifier(model: Any, image_size: int) -> nn.Linear | None:
+def _as_convolution(weight: torch.Tensor) -> torch.Tensor:
+    return weight if weight.ndim == 4 else weight[:, :, None, None]
+
+
+def pooled_classifier(model: Any, image_size: int) -> nn.Linear | nn.Conv2d | None:
     """Return the last layer of a network whose logits are the mean over places of a linear map; proven on numbers.
 
     Only then a class's map is what its logit was made of (Zhou et al. 2016, arXiv 1512.04150).
@@ -159,7 +163,7 @@ def pooled_classifier(model: Any, image_size: int) -> nn.Linear | None:
         _, classifier = classifier_of(model)
     except ZooError:
         return None
-    if not isinstance(classifier, nn.Linear):
+    if not isinstance(classifier, nn.Linear | nn.Conv2d):
         return None
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -171,16 +175,16 @@ def pooled_classifier(model: Any, image_size: int) -> nn.Linear | None:
             return None
         if not whole or not isinstance(values, torch.Tensor) or values.ndim != 4:
             return None
-        if values.shape[1] != classifier.in_features:
+        if (*values.shape[1:2], 1, 1) != _as_convolution(classifier.weight).shape[1:]:
             return None
         own = classifier.weight.detach().clone(), None if classifier.bias is None else classifier.bias.detach().clone()
         try:  # a fresh head is zero, which would prove nothing
             classifier.weight.normal_(generator=generator)
-            maps = nn.functional.conv2d(values, classifier.weight[:, :, None, None], classifier.bias)
+            maps = nn.functional.conv2d(values, _as_convolution(classifier.weight), classifier.bias)
             close = _alike(maps.mean((2, 3)), model.forward_head(values.clone()))
         finally:
             classifier.weight.copy_(own[0])
-            if own[1] is not None:
+            if own[1] is not None and classifier.bias is not None:
                 classifier.bias.copy_(own[1])
     return classifier if close else None
 

@@ -33,7 +33,7 @@ def latencies(
     """Return bundle to its figures on this machine: stored ones, where all are of one session, else all measured anew.
 
     eager: runs that are measured as eager torch beside them. threads: cores of one call, all where left out. seconds:
-    of single calls for each. again: measure in any case. A bundle whose process died has a `reason`. A stored figure
+    of single calls for each. again: measure in any case. What could not be measured has a `reason`. A stored figure
     holds as long as the model's files, threads, the runtime's version and the machine are the same. Raises ZooError
     for numbers out of range, or where another process measures in this home.
     """
@@ -72,6 +72,8 @@ def _stored(subject: Subject, beside: Subject | None, root: Home, threads: int) 
         with_torch = found.eager
         if with_torch is None or with_torch.digest != beside.digest:
             return None
+        if with_torch.size_mib is None and beside.size_bytes is not None:
+            return None  # weights that were gone are back
         if with_torch.reason is None and release(with_torch.runtime or "") != f"torch {installed('torch')}":
             return None
     return found

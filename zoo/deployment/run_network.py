@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from zoo.data.manifest import present_classes
 from zoo.data.transforms import normalise_tensor
 from zoo.deployment.bundle import Rules
 from zoo.deployment.rules import fit_rules
+from zoo.errors import ZooError
 from zoo.evaluation.explain import activation_maps
 from zoo.evaluation.heat import overlay
 from zoo.files import Home
@@ -51,10 +53,12 @@ class RunNetwork:
 def open_run(run: Run, root: Home | None, device: str, threads: int | None) -> tuple[RunNetwork, RunRecord, Rules]:
     """Return a run's network, its record, and the rules that a bundle of it would have: chosen on its val logits.
 
-    A run that was never scored on val has no rules but the plain softmax. Raises ZooError where the run did not finish
+    The class of the healthy is the dataset's present one, as an export would take it. A run that was never scored on
+    val has no rules but the plain softmax. Raises ZooError where the run did not finish
     or its weights were changed.
     """
     record = finished_record(run)
+    record = record.model_copy(update={"negative_class": _healthy_now(record, root)})
     assert record.preprocessing is not None
     if threads is not None:
         torch.set_num_threads(threads)
@@ -67,3 +71,12 @@ def open_run(run: Run, root: Home | None, device: str, threads: int | None) -> t
     if run.scored("val"):
         rules = fit_rules(predictions_of(run, "val"), record.classes, record.negative_class)
     return RunNetwork(model, record.preprocessing, plan), record, rules
+
+
+def _healthy_now(record: RunRecord, root: Home | None) -> str | None:
+    """Return the class of the healthy that the dataset names now; the run's own where the dataset is gone."""
+    try:
+        classes, negative = present_classes(record.dataset, root)
+    except ZooError:
+        return record.negative_class
+    return negative if classes == record.classes else record.negative_class

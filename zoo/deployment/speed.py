@@ -71,7 +71,7 @@ class Latency(BaseModel):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to be measured: a bundle, or a run as eager torch has it."""
+    """What is to be measured: a bundle, or a run as eager torch has it; size_bytes: None where its weights are gone."""
 
     name: str
     run: str
@@ -79,14 +79,17 @@ class Subject:
     path: Path
     digest: str
     files: dict[str, str]
-    size_bytes: int
+    size_bytes: int | None
 
 
 def subject_of(it: Bundle | Run) -> Subject:
     """Return a bundle, or a run in eager torch, as something to be measured."""
     if isinstance(it, Run):
         digest = digest_of([it.record.weights_sha256, it.record.tta])
-        return Subject(f"{it.name}--eager", it.name, "run", it.path, digest, {}, it.weights_file.stat().st_size)
+        size = None
+        with suppress(OSError):  # the bundle can do without them
+            size = it.weights_file.stat().st_size
+        return Subject(f"{it.name}--eager", it.name, "run", it.path, digest, {}, size)
     record = it.record
     files = {name: record.files[name] for name in MODEL_FILES[record.format]}
     digest = digest_of([files, record.preprocessing.identity, record.tta])

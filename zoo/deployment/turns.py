@@ -194,6 +194,9 @@ def _start(subject: Subject, threads: int) -> _Process:
 def _open(process: _Process, root: Home, threads: int) -> None:
     """Have a process open its network and warm up."""
     subject = process.subject
+    if subject.size_bytes is None:
+        process.reason = "the run's weights are gone, so that there is nothing to compare with"
+        return
     free = memory_kib("MemAvailable")
     if subject.kind == "run" and free is not None and free < EAGER_GIB * (1 << 20):
         process.reason = f"eager torch needs about {EAGER_GIB} GiB of memory beside the others; there is less"
@@ -280,7 +283,8 @@ def _best(rates: dict[int, list[float]]) -> int:
 def _figures(process: _Process, known: dict[str, Any]) -> Latency:
     subject, facts = process.subject, process.facts
     found: dict[str, Any] = {"name": subject.name, "run": subject.run, "digest": subject.digest, "files": subject.files}
-    found |= {"runtime": facts.get("runtime"), "size_mib": subject.size_bytes / (1 << 20), **known}
+    size_mib = None if subject.size_bytes is None else subject.size_bytes / (1 << 20)
+    found |= {"runtime": facts.get("runtime"), "size_mib": size_mib, **known}
     if len(process.seconds) < ROUNDS:
         return Latency(**found, reason=process.reason)
     every = np.concatenate(process.seconds) * 1e3

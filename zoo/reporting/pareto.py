@@ -54,11 +54,11 @@ def plot_pareto(document: Mapping[str, Any], limits: Sequence[Limit] = ()) -> Fi
     """
     metric, cost = document["metric"], document["cost"]
     column = f"{cost}_{COSTS[cost].lower()}"
-    rows = [row for row in document["candidates"] if row["reason"] is None and row[f"val_{metric}"] is not None]
-    rows = [row for row in rows if row[column] is not None]
+    measured = [row for row in document["candidates"] if row["reason"] is None and row[column] is not None]
+    rows = [row for row in measured if row[f"val_{metric}"] is not None]
     title = f"{document['dataset']}: what to deploy, by val {metric} and {cost}"
     if not rows:
-        return empty_figure("no candidate could be measured", title)
+        return empty_figure(f"{metric} is not defined on val" if measured else "no candidate could be measured", title)
     sign = METRIC_SIGN[metric]
     points = [(row[column], sign * row[f"val_{metric}"]) for row in rows]
     front = pareto_front(points)

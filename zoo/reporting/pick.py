@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from zoo.errors import ZooError, nearest, one_line
@@ -176,6 +176,11 @@ def _check_minimum(key: str, least: float, classes: Sequence[str], negative_clas
         raise ZooError(f"the least {one_line(key, 80)} must be in [0, 1]. Got {least:g}{fix}")
 
 
+def largest_margin(metric: str) -> float:
+    """Return the most that may be asked of a margin: 1 of a metric in [0, 1] of which more is better, else no end."""
+    return 1.0 if METRIC_SIGN[metric] > 0 else math.inf
+
+
 def check_defined(metric: str, classes: Sequence[str], negative_class: str | None) -> None:
     """Raise ZooError where a metric needs a class of the healthy, and these classes have none."""
     if metric in ("sensitivity", "specificity") and len(classes) > 2 and negative_class is None:
@@ -294,80 +299,3 @@ def nearest_misses(choosing: Choosing, choice: Choice) -> list[dict[str, Any]]:
         excess = [limit.excess(candidate.value(limit.key)) for limit in limits]
         found.append(((len(limits), sum(excess), name), {"name": name, "breaks": broken}))
     return [row for _, row in sorted(found, key=lambda pair: pair[0])]
-
-
-# What would change the choice ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Change:
-    """One thing that, set to `to`, would make the choice another: `pick`, None where nothing would fit.
-
-    limit: None where the margin is meant. opens: whether more is let in than before.
-    """
-
-    limit: Limit | None
-    to: float
-    pick: Candidate | None
-    opens: bool
-
-
-def what_would_change(choosing: Choosing, limits: Sequence[Limit], margin: float, choice: Choice) -> list[Change]:
-    """Return the smallest change of the margin, and of each limit, that would change the choice; each was tried out."""
-    name = choice.chosen.name if choice.chosen else None
-    found = [*_by_margin(choosing, limits, margin, choice)]
-    for place, limit in enumerate(limits):
-        others = [each for each in limits if each is not limit]
-
-        def tried(bound: float, limit: Limit = limit, place: int = place) -> Candidate | None:
-            changed = [*limits[:place], replace(limit, bound=bound), *limits[place + 1 :]]
-            return choosing.choose(changed, margin).chosen
-
-        ready = [each for each in choosing.ready if all(one.keeps(each.value(one.key)) for one in others)]
-        values = {each.value(limit.key) for each in ready if math.isfinite(each.value(limit.key))}
-        outside = sorted((each for each in values if not limit.keeps(each)), key=limit.excess)
-        for value in outside:
-            bound = rounded(value, up=limit.sense == "at most")
-            other = tried(bound)
-            if other is not None and other.name != name:
-                found.append(Change(limit, bound, other, True))
-                break
-        if choice.chosen is not None:
-            inside = choice.chosen.value(limit.key)
-            bound = rounded(inside, up=limit.sense != "at most", past=True)
-            if bound > 0 and (limit.sense == "at most" or bound <= 1):
-                found.append(Change(limit, bound, tried(bound), False))
-    return found
-
-
-def _by_margin(choosing: Choosing, limits: Sequence[Limit], margin: float, choice: Choice) -> Iterable[Change]:
-    if choice.chosen is None:
-        return
-    needed = {name: max(0.0, -each.low) for name, each in choice.differences.items()}
-    for value in sorted({each for each in needed.values() if each > margin}):
-        to = rounded(value, up=True)
-        other = choosing.choose(limits, to).chosen
-        if other is not None and other.name != choice.chosen.name:
-            yield Change(None, to, other, True)
-            break
-    own = needed[choice.chosen.name]
-    if own > 0:
-        to = max(0.0, rounded(own, up=False, past=True))
-        other = choosing.choose(limits, to).chosen
-        if other is not None and other.name != choice.chosen.name:
-            yield Change(None, to, other, False)
-
-
-def rounded(value: float, *, up: bool, past: bool = False) -> float:
-    """Return a number of three digits that is not below (up) or above a value; `past` it: beyond, not equal.
-
-    >>> rounded(31.415, up=True), rounded(31.415, up=False), rounded(31.4, up=True), rounded(31.4, up=True, past=True)
-    (31.5, 31.4, 31.4, 31.5)
-    """
-    if value == 0 or not math.isfinite(value):
-        return value
-    digits = 2 - math.floor(math.log10(abs(value)))
-    found, step = round(value, digits), 10.0**-digits
-    while (found <= value if past else found < value) if up else (found >= value if past else found > value):
-        found = round(found + (step if up else -step), digits)
-    return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from zoo.evaluation.resampling import METRICS
 from zoo.evaluation.statistics import Interval
-from zoo.reporting.pick import COSTS, Candidate, Change, Choice, Choosing, Limit
+from zoo.reporting.changes import Change
+from zoo.reporting.pick import COSTS, Candidate, Choice, Choosing, Limit, largest_margin
 
 
 def short_name(name: str) -> str:
@@ -43,9 +45,13 @@ def limit_words(limit: Limit, bound: float | None = None) -> str:
 def reason_of(choosing: Choosing, choice: Choice, limits: Sequence[Limit], margin: float) -> str:
     """Return in words why the choice is what it is."""
     ready, metric = len(choosing.ready), choosing.metric
-    kept = f"{len(choice.fitting)} of {ready} candidates keep {_limits_words(limits)}" if limits else ""
+    keeping = sum(not broken for broken in choice.misses.values())
+    kept = f"{keeping} of {ready} candidates keep {_limits_words(limits)}" if limits else ""
     if choice.chosen is None:
-        return f"nothing fits: {kept or 'there is no candidate that could be measured'}"
+        why = undefined_words(choosing, [metric, *(limit.key for limit in limits)])
+        if not ready:
+            kept = "there is no candidate that could be measured"
+        return f"nothing fits: {'; '.join(each for each in (kept, why) if each)}"
     assert choice.best is not None
     chosen, best = choice.chosen, choice.best
     first = f"{kept}; of these" if kept else f"of {ready} candidate{'s' if ready != 1 else ''}"
@@ -58,10 +64,10 @@ def reason_of(choosing: Choosing, choice: Choice, limits: Sequence[Limit], margi
         if not cheaper:
             return f"{text}, and none is cheaper"
         nearest = max(cheaper, key=lambda name: choice.differences[name].low)
-        low = choice.differences[nearest].low
+        worse = min(-choice.differences[nearest].low, largest_margin(metric))
         return (
             f"{text}, and of {len(cheaper)} cheaper none is shown to be not worse by more than {margin:g} (nearest: "
-            f"{short_name(nearest)}, which may be worse by {-low:.3f})"
+            f"{short_name(nearest)}, which may be worse by {worse:.3f})"
         )
     difference = choice.differences[chosen.name]
     if chosen.network == best.network:
@@ -76,6 +82,24 @@ def reason_of(choosing: Choosing, choice: Choice, limits: Sequence[Limit], margi
         f"{why} and costs the least of {len(choice.not_worse)} such ({metric} {chosen.value(metric):.3f}, "
         f"{choosing.cost} {quantity(choosing.cost, chosen.value(choosing.cost))})"
     )
+
+
+def undefined_words(choosing: Choosing, metrics: Iterable[str]) -> str | None:
+    """Return which metrics have no value on val, why, and what to do; None where there is none such."""
+    lacking = [
+        key
+        for key in dict.fromkeys(metrics)
+        if key in METRICS and choosing.ready and not any(math.isfinite(each.value(key)) for each in choosing.ready)
+    ]
+    if not lacking:
+        return None
+    why = {
+        "sensitivity": "it has no image of any class but the healthy one",
+        "specificity": "it has no image of the healthy class",
+        **dict.fromkeys(("auroc", "auprc"), "its images are of one class alone"),
+    }
+    said = [f"{key} is not defined on val: {why.get(key, 'no candidate has a value')}" for key in lacking]
+    return f"{'; '.join(said)}; split anew with `zoo data split`, or ask for another metric"
 
 
 def _limits_words(limits: Sequence[Limit]) -> str:

@@ -66,7 +66,7 @@ class Plan:
 
     def with_seed(self, seed: int) -> Plan:
         """Return the same plan for another seed."""
-        return replace(self, seed=seed, digest=digest_of([self.recipe_digest, self.dataset.split_digest, seed]))
+        return replace(self, seed=seed, digest=_run_digest(self.recipe_digest, self.dataset, seed))
 
     def with_recipe(self, recipe: Recipe, seed: int) -> Plan:
         """Return the plan of a recipe that differs in how weights are averaged or scored alone, for a seed."""
@@ -211,13 +211,19 @@ def make_plan(
         weights=weights,
         weights_from=weights_from,
         recipe_digest=recipe_digest,
-        digest=digest_of([recipe_digest, dataset.split_digest, seed]),
+        digest=_run_digest(recipe_digest, dataset, seed),
         bad_images=bad_images,
         network=network,
         leaks_accepted=leaks_accepted or (source is not None and source.leaks),
         notes=(*notes, *(source.notes if source else ())),
         own_head=own_head,
     )
+
+
+def _run_digest(recipe_digest: str, dataset: Dataset, seed: int) -> str:
+    """Return the identity of a run; the order of the classes is that of its logits, and counts where it is unusual."""
+    order = [] if dataset.classes == sorted(dataset.classes) else [dataset.classes]
+    return digest_of([recipe_digest, dataset.split_digest, seed, *order])
 
 
 def _recipe_digest(
@@ -395,7 +401,7 @@ def failed_record(recipe: Recipe | str, dataset: Dataset, seed: int, reason: str
     name = recipe if isinstance(recipe, str) else recipe.name
     digest = recipe.digest if isinstance(recipe, Recipe) else digest_of(name)
     return RunRecord(
-        run=run_name(dataset.name, Path(name).stem, seed, digest_of([digest, dataset.split_digest, seed])),
+        run=run_name(dataset.name, Path(name).stem, seed, _run_digest(digest, dataset, seed)),
         status="failed",
         reason=reason,
         dataset=dataset.name,

@@ -222,6 +222,11 @@ def _score(run: Run, split: str, root: Home, bad_images: str | None, progress: I
             f"run {run.name!r} was trained on another split of {dataset.name!r} ({record.split_digest[:8]}, now "
             f"{dataset.split_digest[:8]}); train it again"
         )
+    if dataset.classes != record.classes:
+        raise ZooError(
+            f"run {run.name!r} tells {one_line(', '.join(record.classes))} apart, in this order; dataset "
+            f"{dataset.name!r} has {one_line(', '.join(dataset.classes))}: put the order back, or train it again"
+        )
     assert record.preprocessing is not None
     set_threads()
     device = _device_of(record)

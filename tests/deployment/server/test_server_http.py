@@ -5,13 +5,16 @@ import io
 import json
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from live_server import form
 from PIL import Image
 
+from zoo.deployment.bundle import open_bundle
 from zoo.deployment.predictor import Predictor
+from zoo.deployment.server.served import facts_of
 
 TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "TIFF": "image/tiff", "BMP": "image/bmp"}
 
@@ -181,11 +184,19 @@ def test_models_are_described_and_asked_by_name(live, bundle_folder, picture):
     facts = live.ask("GET", f"/model?model={name}")[2]
     assert (facts["name"], facts["classes"]) == (name, ["benign", "malignant", "normal"])
     assert facts == live.ask("GET", "/model")[2]
+    assert (facts["val_of"], facts["test_of"]) == ("the artefact itself", "the run that it was made from")
+    assert f"Validation: of {facts['val_of']}. Test: of {facts['test_of']}." in facts["card"]
     assert live.predict(picture(), query=f"?model={name}")[0] == 200
     for path in ("/model?model=nobody", "/model?model=" + "x" * 300):
         status, _, found = live.ask("GET", path)
         assert (status, found["error"]) == (404, "no such model; GET /models names them")
     assert live.predict(picture(), query="?model=nobody")[0] == 404
+
+
+def test_where_there_is_no_test_score_it_is_nobodys(bundle_folder):
+    bundle = open_bundle(bundle_folder)
+    unscored = replace(bundle, record=bundle.record.model_copy(update={"test": None}))
+    assert facts_of("m", bundle)["test_of"] and facts_of("m", unscored)["test_of"] is None
 
 
 @pytest.mark.slow

@@ -254,6 +254,75 @@ def test_bytes_of_all_bodies_are_counted_and_given_back():
     assert held.bytes == 6
 
 
+async def _coming(limits, held, *pieces):
+    """Begin to read a body whose end does not come, with pauses of so many seconds; return it and the task."""
+    body, all_came = Body(limits, held), asyncio.Event()
+
+    async def chunks():
+        for each in pieces:
+            if isinstance(each, bytes):
+                yield each
+            else:
+                await asyncio.sleep(each)
+        all_came.set()
+        await asyncio.Event().wait()
+
+    async def read():
+        with body:
+            await body.read(chunks(), None, None)
+
+    task = asyncio.create_task(read())
+    await asyncio.wait((task, asyncio.create_task(all_came.wait())), return_when="FIRST_COMPLETED")
+    return body, task
+
+
+async def _statuses(*tasks):
+    """Return what each was refused with, None where it still reads; none goes on reading."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+    for each in tasks:
+        each.cancel()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    return [each.status if isinstance(each, Refused) else None for each in found]
+
+
+def test_who_finds_no_room_takes_that_of_the_body_that_stalled_for_longest():
+    async def run():
+        held, limits = Held(10), Limits(body_bytes=8, bytes_per_s=1000, stalled_s=0)
+        (_, first), (_, second) = [await _coming(limits, held, b"1234") for _ in range(2)]
+        last, third = await _coming(limits, held, b"123")
+        assert (held.bytes, bytes(last.data)) == (7, b"123")
+        assert await _statuses(first, second, third) == [408, None, None]
+        assert (held.bytes, held.coming) == (0, set())
+
+    asyncio.run(run())
+
+
+def test_what_came_fast_before_is_no_credit_and_a_byte_now_and_then_no_progress():
+    async def run():
+        held, limits = Held(100), Limits(body_bytes=99, bytes_per_s=10, stalled_s=0.1)
+        steady, first = await _coming(limits, held, b"x" * 20)
+        _, dribbling = await _coming(limits, held, b"x" * 60, 0.5, b"x")
+        steady._add(b"x" * 10)
+        _, newcomer = await _coming(limits, held, b"x" * 20)
+        assert held.bytes == 30 + 20
+        assert await _statuses(first, dribbling, newcomer) == [None, 408, None]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("stalled_s", "status"), [(0, 408), (1e9, 503)])
+def test_without_room_the_body_that_stalled_itself_is_told_so_and_one_that_did_not_to_come_again(stalled_s, status):
+    async def run():
+        held, limits = Held(10), Limits(body_bytes=9, bytes_per_s=1 << 30, stalled_s=stalled_s)
+        held.take(6)
+        _, task = await _coming(limits, held, b"123", 0.01, b"45")
+        assert await _statuses(task) == [status]
+        assert held.bytes == 6
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("pieces", "length", "encoding", "status"),
     [

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from live_server import serve_command, status_from
+from live_server import answer_in, heard, serve_command, status_from
 from test_server_http import dicom, huge_png
 
 from zoo.cli import main
@@ -86,7 +86,7 @@ def test_a_signal_answers_what_is_in_flight_and_takes_nothing_new(odd, picture, 
 
 
 def test_a_body_that_is_still_coming_is_answered_before_the_end(odd, picture):
-    server, data = odd(), picture()
+    server, data = odd(limits={"last_body_s": 20}), picture()  # slow machines send slowly
     with server.connect() as sock:
         sock.sendall(request(data)[: -len(data)] + data[:100])
         time.sleep(0.3)
@@ -95,6 +95,30 @@ def test_a_body_that_is_still_coming_is_answered_before_the_end(odd, picture):
         sock.sendall(data[100:])
         assert status_from(sock) == 200
     assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "whole"), [({"last_body_s": 1, "grace_s": 60}, 1), ({"last_body_s": 600, "grace_s": 2}, 0)]
+)
+def test_bodies_that_do_not_come_whole_neither_hold_up_the_end_nor_make_it_a_failure(odd, picture, limits, whole):
+    server, data = odd(seconds_an_image=2, limits={"silent_s": 600, "body_s": 600, **limits}), picture()
+    silent = [server.connect() for _ in range(4)]
+    for each in silent:
+        each.sendall(request(data)[:-1])
+    threads, answers = ask_in_threads(server, data, whole)
+    until(lambda: queued(server) == whole)
+    time.sleep(0.3)
+    started = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    heard_last = [heard(each) for each in silent]
+    assert all(each.startswith(b"HTTP/1.1 503 ") and b"retry-after: 5\r\n" in each.lower() for each in heard_last)
+    for each in threads:
+        each.join()
+    assert [status for status, _, _ in answers] == [200] * whole
+    assert server.process.wait(60) == 0
+    assert time.monotonic() - started < 50
+    for each in silent:
+        each.close()
 
 
 def test_idle_connections_do_not_hold_up_the_end(odd):
@@ -162,6 +186,33 @@ def test_a_client_that_left_is_not_computed_for(odd, picture):
     assert server.predict(data)[0] == 200
     lines = server.ask("GET", "/metrics")[2].splitlines()
     assert float(next(each for each in lines if each.startswith("zoo_batch_images_sum")).split()[1]) < 10
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_a_client_that_only_ends_its_side_is_answered(odd, picture, version):
+    server, data = odd(seconds_an_image=1.2), picture()
+    with server.connect() as sock:
+        sock.sendall(request(data).replace(b"HTTP/1.1", b"HTTP/" + version))
+        sock.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))  # until the server closes
+    status, head = answer_in(answer)
+    assert (status, answer[:17], answer.count(b"HTTP/1.1")) == (200, b"HTTP/1.1 200 OK\r\n", 1)
+    assert json.loads(answer[len(head) + 4 :])["predictions"][0]["error"] is None
+
+
+def test_all_that_was_asked_for_before_a_client_ended_its_side_is_answered(odd, picture):
+    server, data = odd(seconds_an_image=0.5), picture()
+    with server.connect() as sock:
+        sock.sendall(request(data) + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + request(data))
+        sock.shutdown(socket.SHUT_WR)
+        answers = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert answers.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert (answers.count(b"HTTP/1.1 200 OK\r\n"), answers.count(b"HTTP/1.1 ")) == (3, 3)
+    assert (answers.count(b'"predictions"'), answers.count(b'"alive"')) == (2, 1)
+    with server.connect() as sock:
+        sock.sendall(request(data)[:-1])
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1) == b""  # what is not whole never will be
 
 
 def test_images_of_several_requests_are_computed_together(odd, picture):

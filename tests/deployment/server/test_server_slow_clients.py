@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import select
 import selectors
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from live_server import answer_in, heard, status_from
@@ -88,6 +90,50 @@ def test_a_slow_head_and_a_slow_body_are_told_408(odd):
         answer = server.say(sent)
         assert answer.startswith(b"HTTP/1.1 408 "), (sent, answer)
         assert json.loads(answer.rpartition(b"\r\n\r\n")[2]) == {"error": "too slow; the connection is closed"}
+
+
+PATIENT = {"body_s": 600, "body_longest_s": 600, "silent_s": 600}
+
+
+def send_all_but_a_byte(server, size):
+    sock = server.connect()
+    sock.sendall(HEAD + f"Content-Length: {size}\r\n\r\n".encode() + bytes(size - 1))
+    return sock
+
+
+def until_read(server):
+    """Wait until the server has taken all that was sent to it from the system."""
+    port, end = f":{server.port:04X}", time.monotonic() + 60
+    while time.monotonic() < end:
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        if {row[4] for row in rows if row[1].endswith(port) or row[2].endswith(port)} == {"00000000:00000000"}:
+            assert server.ask("GET", "/health")[0] == 200  # behind what it does with these bytes
+            return
+        time.sleep(0.02)
+    raise AssertionError("it does not read")
+
+
+def test_a_body_that_falls_silent_is_told_408_however_fast_it_came(odd):
+    server = odd(limits={**PATIENT, "silent_s": 1})
+    with send_all_but_a_byte(server, 4 << 20) as sock:
+        assert status_from(sock) == 408
+        assert sock.recv(1) == b""
+    assert 'zoo_connections_closed_total{why="body"} 1.0' in server.ask("GET", "/metrics")[2]
+
+
+def test_where_silent_bodies_fill_the_memory_one_of_them_has_to_go(odd, picture):
+    server = odd(limits={**PATIENT, "body_bytes": 1 << 20, "held_bytes": 3 << 20})
+    silent = [send_all_but_a_byte(server, 1 << 20) for _ in range(3)]
+    until_read(server)
+    end = time.monotonic() + 30
+    while (status := server.predict(picture())[0]) == 503 and time.monotonic() < end:  # not stalled for long enough yet
+        time.sleep(0.1)
+    assert status == 200
+    told = [each for each in silent if select.select([each], [], [], 0.2)[0]]
+    assert [status_from(each) for each in told] == [408]
+    assert told[0].recv(1) == b""
+    for each in silent:
+        each.close()
 
 
 def test_an_honest_slow_body_is_answered(odd, picture):

@@ -68,7 +68,8 @@ _WHY = {
 class State:
     """What the server is doing: whether it may be sent work, and what of it is not done yet.
 
-    in_flight: requests for a prediction from their head to their answer. unanswered: of those, cut off at the end.
+    in_flight: requests for a prediction from their head to their answer. unanswered: of those that had come whole, cut
+    off at the end.
     end: ends all threads and processes that work; may be called again.
     """
 
@@ -246,10 +247,12 @@ def _add_predict(
         state.check()
         queue.check_room()
         state.in_flight += 1
+        whole = False
         try:
             with Body(limits, held) as body:
                 sent = request.headers
                 await body.read(_chunks(request), sent.get("content-length"), sent.get("content-encoding"))
+                whole = True
                 async with reading:  # one after the other, and beside the event loop: it copies up to all of the body
                     images = await asyncio.to_thread(images_of, body.data, content_type, limits.images)
                 body.data = bytearray()
@@ -261,7 +264,7 @@ def _add_predict(
                     del images
             return _answer(name, outcomes, queue.models[name], facts[name], explain, state.metrics)
         except asyncio.CancelledError:
-            state.unanswered += 1
+            state.unanswered += whole
             raise
         finally:
             state.in_flight -= 1

@@ -67,4 +67,6 @@ class ModelFacts(BaseModel):
     rules: dict[str, Any]
     card: str = Field(description="Markdown.")
     val: dict[str, Any]
+    val_of: str = Field(description="Whose scores `val` are, in words.")
     test: dict[str, Any] | None
+    test_of: str | None = Field(description="Whose scores `test` are, in words; null where there are none.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ TAKEN = "PNG, JPEG, WebP, TIFF, BMP, DICOM"
 _TYPES = re.compile(r"image/(png|jpeg|jpg|webp|tiff|bmp|x-ms-bmp)|application/(dicom|octet-stream)")
 HEAVY_PIXELS = 8_000_000
 LONGEST_WAIT_S = 60  # that a client is asked for: its connection is kept for longer
+TOO_SLOW = "too slow; the connection is closed"
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,9 @@ class Limits:
     held_bytes: of all bodies in memory at one time. queue_images: accepted and not answered yet. batch_images: computed
     together. decode_s: of one image. deadline_s: from a read body to its answer. header_s: for a request's head.
     body_s, bytes_per_s, body_longest_s: a body has `body_s` seconds and one more per `bytes_per_s` bytes that came,
-    `body_longest_s` at most. idle_s: between requests, longer than any Retry-After. write_s: for a client that does not
-    read its answer. grace_s: at the end, for what is in flight.
+    `body_longest_s` at most. silent_s: without any byte of a body. stalled_s: so far behind `bytes_per_s`, a body gives
+    way where `held_bytes` are full. idle_s: between requests, longer than any Retry-After. write_s: for a client that
+    does not read its answer. grace_s: at the end, for what is in flight; last_body_s: of it, for bodies still coming.
     """
 
     body_bytes: int = 32 << 20
@@ -41,9 +44,12 @@ class Limits:
     body_s: float = 10.0
     bytes_per_s: int = 16 << 10
     body_longest_s: float = 120.0
+    silent_s: float = 10.0
+    stalled_s: float = 1.0
     idle_s: float = LONGEST_WAIT_S + 15.0
     write_s: float = 20.0
     grace_s: float = 20.0
+    last_body_s: float = 5.0
 
     def fitting(self) -> Limits:
         """Return the limits with what may be held at least one body, and no request larger than the queue."""
@@ -83,15 +89,27 @@ def is_image_type(media_type: str) -> bool:
 
 
 class Held:
-    """Counts the bytes of all bodies in memory; used in the event loop's thread alone."""
+    """Counts the bytes of all bodies in memory; used in the event loop's thread alone.
+
+    coming: the bodies that are not whole yet.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes = limit, 0
+        self.coming: set[Body] = set()
 
     def take(self, count: int) -> None:
-        """Count more bytes; raises Refused 503 where they would be too many."""
-        if self.bytes + count > self.limit:
-            raise busy(2.0, "busy: too many bytes are waiting; try again")
+        """Count more bytes; where they are too many, the bodies that have stalled for longest are dropped for them.
+
+        Raises Refused 503 where none has.
+        """
+        while self.bytes + count > self.limit:
+            now = asyncio.get_running_loop().time()
+            stalled = (each for each in self.coming if each.behind_s(now) > each.limits.stalled_s)
+            victim = max(stalled, key=lambda each: each.behind_s(now), default=None)
+            if victim is None:
+                raise busy(2.0, "busy: too many bytes are waiting; try again")
+            victim.drop()
         self.bytes += count
 
     def give(self, count: int) -> None:
@@ -104,29 +122,67 @@ class Body:
 
     def __init__(self, limits: Limits, held: Held) -> None:
         self.limits, self.held, self.data, self._taken = limits, held, bytearray(), 0
+        self._paced, self._dropped = 0.0, False
 
     def __enter__(self) -> Body:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._give_all()
+
+    def _give_all(self) -> None:
         self.held.give(self._taken)
         self._taken, self.data = 0, bytearray()
 
+    def behind_s(self, now: float) -> float:
+        """Return for how many seconds less than `bytes_per_s` has come; what came faster before is no credit."""
+        return now - self._paced
+
+    def drop(self) -> None:
+        """Give the bytes of a body back that is still coming; whoever reads it hears Refused 408."""
+        self._dropped = True
+        self.held.coming.discard(self)
+        self._give_all()
+        self._until.reschedule(asyncio.get_running_loop().time())
+
     async def read(self, chunks: AsyncIterator[bytes], length: str | None, encoding: str | None) -> None:
-        """Read all chunks; raises Refused 413 above the limit, before reading where the length says so already."""
+        """Read all chunks.
+
+        Raises Refused: 413 above the limit, before reading where the length says so already; 408 where it stalls while
+        others have no room.
+        """
         most = self.limits.body_bytes
         if (encoding or "identity").strip().lower() not in ("identity", ""):
             raise Refused(415, "compressed bodies are not taken; send the file as it is")
         if length is not None and (not length.isascii() or not length.isdigit() or int(length[:20]) > most):
             raise Refused(413, f"the body may have {most} bytes at the most")
-        async for chunk in chunks:
-            if len(self.data) + len(chunk) > most:
-                raise Refused(413, f"the body may have {most} bytes at the most")
-            self.held.take(len(chunk))
-            self._taken += len(chunk)
-            self.data += chunk
+        self._paced = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(None) as self._until:  # it ends when `drop` says so
+                self.held.coming.add(self)
+                async for chunk in chunks:
+                    self._add(chunk)
+        except TimeoutError:
+            self._dropped = True
+        finally:
+            self.held.coming.discard(self)
+        if self._dropped:
+            raise Refused(408, TOO_SLOW, {"Connection": "close"})
         if not self.data:
             raise Refused(400, "the body is empty; send an image")
+
+    def _add(self, chunk: bytes) -> None:
+        if self._dropped:  # its last chunk and the news crossed
+            raise TimeoutError
+        if len(self.data) + len(chunk) > self.limits.body_bytes:
+            raise Refused(413, f"the body may have {self.limits.body_bytes} bytes at the most")
+        now = asyncio.get_running_loop().time()
+        self._paced = min(now, self._paced + len(chunk) / self.limits.bytes_per_s)
+        self.held.take(len(chunk))
+        self._taken += len(chunk)
+        self.data += chunk
+        if self._dropped:  # of all that come it was the one that had stalled for longest
+            raise TimeoutError
 
 
 def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:

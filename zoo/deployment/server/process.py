@@ -20,7 +20,7 @@ import uvicorn
 
 from zoo.deployment.server.app import State
 from zoo.deployment.server.limits import Limits
-from zoo.deployment.server.protocol import TimedProtocol
+from zoo.deployment.server.protocol import HEAD_BYTES, TimedProtocol
 from zoo.errors import ZooError, one_line
 
 _BACKLOG = 1024
@@ -97,7 +97,7 @@ def serve(app: Any, sock: socket.socket, limits: Limits, started: Callable[[], N
         server_header=False,
         backlog=_BACKLOG,
         timeout_keep_alive=round(limits.idle_s),
-        h11_max_incomplete_event_size=16 << 10,
+        h11_max_incomplete_event_size=HEAD_BYTES,
     )
     server = _Server(config, state, limits, started)
     server.run(sockets=[sock])
@@ -127,18 +127,19 @@ class _Server(uvicorn.Server):
             self._check_connections()
         return await super().on_tick(counter) or self.state.broken is not None
 
-    def _check_connections(self) -> None:
+    def _check_connections(self, stopping_s: float = 0.0) -> None:
         now = asyncio.get_running_loop().time()
         for each in list(self.server_state.connections):
             if isinstance(each, TimedProtocol):
-                each.check(now)
+                each.check(now, stopping_s)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Be not ready, take no work, answer what is in flight; then close."""
+        """Be not ready, take no work, answer what is in flight or soon comes whole; then close."""
         self.state.stopping = True
-        end = time.monotonic() + self.limits.grace_s
+        told = time.monotonic()
+        end = told + self.limits.grace_s
         while self.state.in_flight and time.monotonic() < end and not self.force_exit:
-            self._check_connections()
+            self._check_connections(time.monotonic() - told)
             await asyncio.sleep(0.05)
         self.config.timeout_graceful_shutdown = max(1, round(end - time.monotonic())) if not self.force_exit else 0
         await super().shutdown(sockets)

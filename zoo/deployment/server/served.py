@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from zoo.deployment.bundle import Bundle, find_bundle, open_bundle
+from zoo.deployment.bundle import TEST_OF, VAL_OF, Bundle, find_bundle, open_bundle
 from zoo.deployment.predictor import Predictor
 from zoo.errors import ZooError, one_line
 from zoo.files import Home
@@ -75,5 +75,7 @@ def facts_of(name: str, bundle: Bundle | None) -> dict[str, Any]:
         "rules": record.rules.model_dump(mode="json"),
         "card": bundle.card,
         "val": record.val,
+        "val_of": VAL_OF,
         "test": record.test,
+        "test_of": TEST_OF if record.test else None,
     }

@@ -234,10 +234,11 @@ function showScores(prediction) {
 function show(entry) {
   state.current = entry;
   showPicture(entry);
-  const { prediction, fault } = entry;
+  const { prediction, fault, waits } = entry;
   $("again").hidden = !fault;
   if (fault) verdict("error", "No answer", fault);
   else if (prediction) verdict(prediction.refer ? "refer" : "answer", prediction.label, referWords(entry), score(prediction.scores[prediction.label]));
+  else if (waits) verdict("busy", ...waits);
   showScores(prediction ?? null);
   const [words, note] = prediction ? setWords(entry) : ["–", ""];
   $("set").textContent = words;
@@ -262,7 +263,7 @@ function kindOf(file) {
 }
 
 async function newEntry(file) {
-  const entry = { file, ...kindOf(file), serial: (state.serial += 1), name: file.name, address: null, thumbnail: null, width: 0, height: 0, prediction: null, facts: null, medical: false, fault: null };
+  const entry = { file, ...kindOf(file), serial: (state.serial += 1), name: file.name, address: null, thumbnail: null, width: 0, height: 0, prediction: null, facts: null, medical: false, fault: null, waits: null };
   const address = URL.createObjectURL(file), picture = new Image();
   try {
     picture.src = address;
@@ -288,18 +289,23 @@ function forget(entry) {
   for (const address of [entry.address, entry.thumbnail]) if (address) URL.revokeObjectURL(address);
 }
 
+/** Forget an entry's answer, for another will come; what it waits for is said where the entry is looked at. */
+function wait(entry, label, words) {
+  Object.assign(entry, { prediction: null, facts: null, fault: null, waits: [label, words] });
+  if (state.current === entry) show(entry);
+}
+
 async function predict(entry) {
   const stop = (state.stop = new AbortController()), form = new FormData();
   form.append("files", new Blob([entry.file], { type: entry.type }), "image"); // never the file's own name
   const { model, facts } = state; // of which all words about the answer are, whatever is chosen when it is looked at
-  Object.assign(entry, { prediction: null, facts: null, fault: null });
   $("fault").textContent = "";
-  show(entry);
-  verdict("busy", "Asking the model", "");
+  state.current = entry;
+  wait(entry, "Asking the model", "");
   $("stop").hidden = false;
   try {
     const query = new URLSearchParams({ explain: "true", ...(model ? { model } : {}) });
-    const waits = (seconds, turn) => verdict("busy", "The server is busy", `Asking again in ${seconds} s (try ${turn} of ${TRIES}).`);
+    const waits = (seconds, turn) => wait(entry, "The server is busy", `Asking again in ${seconds} s (try ${turn} of ${TRIES}).`);
     const answer = await ask(`predict?${query}`, { body: form, signal: stop.signal, waits });
     const [prediction] = answer.predictions;
     if (prediction.error) entry.fault = `${WORDS[422]} The server says: ${prediction.error}`;
@@ -308,7 +314,7 @@ async function predict(entry) {
   } catch (error) {
     entry.fault = stop.signal.aborted ? "Stopped." : error instanceof Refused ? error.message : "The server's answer cannot be read.";
   }
-  state.stop = null;
+  entry.waits = state.stop = null;
   $("stop").hidden = true;
   if (state.current === entry) show(entry); else showHistory();
 }
@@ -316,8 +322,11 @@ async function predict(entry) {
 /** Ask about files, or anew about an entry, one after the other: what comes first is answered first. */
 async function enqueue(...jobs) {
   state.waiting.push(...jobs);
+  if (state.working) {
+    for (const job of jobs) if (!(job instanceof File)) wait(job, "Waiting its turn", "The server is being asked about another image.");
+    return;
+  }
   verdict("busy", "Reading the image", "");
-  if (state.working) return;
   state.working = true;
   while (state.waiting.length) {
     const job = state.waiting.shift(), entry = job instanceof File ? await newEntry(job) : job;
@@ -327,7 +336,8 @@ async function enqueue(...jobs) {
 }
 
 function stopAll() {
-  state.waiting.length = 0;
+  for (const job of state.waiting.splice(0)) if (!(job instanceof File)) Object.assign(job, { waits: null, fault: "Stopped." });
+  if (state.current) show(state.current);
   state.stop?.abort();
 }
 
@@ -402,7 +412,7 @@ function showFacts(facts) {
   for (const [split, words] of [["test", "on test"], ["val", "on validation"]]) {
     for (const [name, shown] of [["balanced_accuracy", "Balanced accuracy"], ["top1", "Accuracy"]]) {
       const said = interval(facts[split], name);
-      if (said) { rows.push([`${shown} ${words} [95\u00a0%]`, said]); break; }
+      if (said) { rows.push([`${shown} ${words} [95\u00a0%]`, `${said}, of ${facts[`${split}_of`]}`]); break; }
     }
   }
   $("facts").replaceChildren(...rows.filter(([, said]) => said).map(([name, said]) => {
