@@ -55,6 +55,9 @@ class Preprocessing(BaseModel):
         return max(self.image_size, int(self.image_size / self.crop_pct))
 
 
+FRESH_HEAD = "the classifier of"  # how a note begins that says why a network starts with a new one
+
+
 class RunRecord(BaseModel):
     """`run.json`: written last, so that its presence with status `finished` means a whole run.
 

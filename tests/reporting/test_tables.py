@@ -273,6 +273,21 @@ def test_what_a_reader_must_know_stands_in_the_notes(root):
     assert title(comparison).endswith("60 test images")
 
 
+def test_what_the_runs_themselves_note_is_said_once_for_all_of_them(root):
+    new, less = "the classifier of 'x' is absent; it starts with a fresh one", "a batch of 32 needed more memory"
+    runs = [
+        make_run(root, "one", 0, notes=[new, less]),
+        make_run(root, "one", 1, notes=[new, less]),
+        make_run(root, "two", 0, notes=[less]),
+        make_run(root, "two", 1, notes=[*(f"note {number}" for number in range(20))]),
+        record("three", status="failed", reason="x", notes=["of a failed one"]),
+    ]
+    notes = make_comparison(runs).notes
+    assert f"one, two (seed 0): {less}" in notes and "two (seed 1): note 10" in notes
+    assert "9 more notes of runs: `zoo show RUN`" in notes
+    assert not any("starts with a fresh one" in note or "of a failed one" in note for note in notes)
+
+
 def test_calibrated_columns_sort_the_right_way_and_lists_do_not(root):
     rows = make_comparison(four(root), by="test_ece_calibrated").rows
     values = [row["test_ece_calibrated"] for row in rows]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from zoo.errors import Hindered, ZooError, one_line
 from zoo.models.nets import classifiers_of
+from zoo.runs import FRESH_HEAD
 
 if TYPE_CHECKING:
     from zoo.models.spec import ModelSpec
@@ -139,7 +140,7 @@ def _note(fit: _Fit, name: str, spec: ModelSpec) -> str:
     if fit.head == "kept":
         return ""
     why = "has another number of classes" if fit.head == "replaced" else "is absent"
-    return f"the classifier of {name!r} {why}; {spec.name} starts with a fresh one ({', '.join(fit.fresh)})"
+    return f"{FRESH_HEAD} {name!r} {why}; {spec.name} starts with a fresh one ({', '.join(fit.fresh)})"
 
 
 def _head_names(model: nn.Module) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from zoo.errors import ZooError, nearest, one_line
 from zoo.evaluation.calibration import apply_temperature, fit_temperature
 from zoo.evaluation.metrics import METRIC_SIGN, ece_of, log_loss_of
 from zoo.evaluation.predictions import Predictions, read_predictions
-from zoo.evaluation.resampling import METRICS, RARE
+from zoo.evaluation.resampling import METRICS
 from zoo.evaluation.statistics import (
     MARGIN,
     Interval,
@@ -22,6 +22,7 @@ from zoo.evaluation.statistics import (
     metric_intervals,
     paired_comparisons,
 )
+from zoo.reporting.notes import notes_of_classes, notes_of_rows, notes_of_runs
 from zoo.runs import Run, RunRecord
 
 if TYPE_CHECKING:
@@ -122,7 +123,11 @@ def make_comparison(
         rows=rows,
         environment=_environment([record for _, record in pairs]),
         leaks_accepted=leaks_accepted or any(record.leaks_accepted for _, record in pairs),
-        notes=_notes(rows, metric, looks, _rare_classes(predictions, first.classes)),
+        notes=[
+            *notes_of_rows(rows, metric, looks),
+            *notes_of_classes(predictions, first.classes),
+            *notes_of_runs({labels[key]: [record for _, record in group] for key, group in groups.items()}),
+        ],
         negative_class=first.negative_class,
         metric=metric,
         relative_to=next(iter(found.letters), None),
@@ -366,45 +371,3 @@ def _environment(records: list[RunRecord]) -> dict[str, Any]:
         "threads": distinct(record.threads for record in finished),
         "versions": versions,
     }
-
-
-def _notes(rows: list[dict[str, Any]], metric: str, looks: dict[str, Any], rare: list[str]) -> list[str]:
-    notes = []
-    if looks["scorings"]:
-        recipes = f"{looks['recipes']} recipe{'s' if looks['recipes'] != 1 else ''}"
-        notes.append(f"this test split was scored {_times(looks['scorings'])}, for {recipes}")
-    scratch = [row["recipe"] for row in rows if row["weights"] == "scratch" and row["model"] != "simple_cnn"]
-    if scratch:
-        notes.append(f"weights from scratch (nothing pretrained): {', '.join(scratch)}")
-    below = [row["recipe"] for row in rows if row["beats_floors"] is False]
-    if below:
-        notes.append(f"not above every floor with its interval of {metric}: {', '.join(below)}")
-    groups = min((row["test_groups"] for row in rows if row["test_groups"]), default=None)
-    if groups is not None and groups < 20:
-        notes.append(f"the test split has only {groups} groups: intervals and ties are rough, and rather too narrow")
-    single = [row["recipe"] for row in rows if len(row["test_top1_seeds"]) == 1]
-    if single and len(rows) > 1:
-        notes.append(f"one seed alone: letters tell these runs apart, not the recipes: {', '.join(single)}")
-    notes += rare
-    skipped = {row["recipe"]: row["images_skipped"] for row in rows if row["images_skipped"]}
-    if skipped:
-        notes.append(f"images left out as unreadable: {skipped}")
-    return notes
-
-
-def _rare_classes(predictions: dict[str, list[Predictions]], classes: list[str]) -> list[str]:
-    """Say which classes have few groups in test: means over classes, and what is said of these, are rough."""
-    one = next((each[0] for each in predictions.values() if each), None)
-    if one is None:
-        return []
-    units = {name: len(set(one.group_codes[one.y_true == place].tolist())) for place, name in enumerate(classes)}
-    few = sorted((count, name) for name, count in units.items() if count < RARE)
-    if not few:
-        return []
-    shown = ", ".join(f"{one_line(name, 40)} ({count})" for count, name in few[:6])
-    more = f" and {len(few) - 6} more" if len(few) > 6 else ""
-    return [f"fewer than {RARE} groups or images of a class in test, so its scores are rough: {shown}{more}"]
-
-
-def _times(count: int) -> str:
-    return {1: "once", 2: "twice"}.get(count, f"{count} times")

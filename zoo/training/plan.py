@@ -28,7 +28,7 @@ from zoo.models.registry import (
 from zoo.models.weights import WeightsFile, resolve_weights
 from zoo.recipe import Recipe, load_recipe
 from zoo.recipe.effects import effect_notes
-from zoo.runs import Preprocessing, Run, RunRecord, run_name
+from zoo.runs import FRESH_HEAD, Preprocessing, Run, RunRecord, run_name
 from zoo.training.lineage import Source, source_run
 from zoo.training.strategy import frozen_names
 
@@ -101,7 +101,7 @@ class Plan:
             report = load_weights(model, self.weights, self.spec)
             fresh, note = report.head != "kept" or not self.own_head, report.note
             if report.head == "kept" and not self.own_head:
-                note = f"the classifier of {self.weights_label!r} told other classes apart: a fresh one takes its place"
+                note = f"{FRESH_HEAD} {self.weights_label!r} told other classes apart: a fresh one takes its place"
         if fresh:
             _zero_heads(model)
         return model, note
