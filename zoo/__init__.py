@@ -18,6 +18,7 @@ _PLACES = {
     "ZooError": "zoo.errors",
     "audit_dataset": "zoo.reporting.audit",
     "bench": "zoo.benchmark.suite",
+    "bench_all": "zoo.benchmark.contrasts",
     "compare": "zoo.benchmark.comparisons",
     "create_model": "zoo.models.registry",
     "evaluate": "zoo.training.scoring",
@@ -53,6 +54,7 @@ __all__ = ["__version__", *sorted(_PLACES)]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from zoo.benchmark.comparisons import compare as compare
+    from zoo.benchmark.contrasts import bench_all as bench_all
     from zoo.benchmark.outlook import plan as plan
     from zoo.benchmark.picking import pick as pick
     from zoo.benchmark.reports import report as report

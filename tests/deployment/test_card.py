@@ -207,7 +207,7 @@ def test_a_card_says_the_numbers_of_its_record_and_facts(said: str) -> None:
         (
             {"rules": {**RULES, "refer": {"threshold": None, "max_error": 0.05}}},
             {},
-            "always, for no threshold",
+            "always, for validation has no 20 images",
             "0.473",
         ),
         ({"rules": {**RULES, "operating_points": None}}, {}, "Operating points: none", "0.432"),
