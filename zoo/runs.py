@@ -56,6 +56,7 @@ class Preprocessing(BaseModel):
 
 
 FRESH_HEAD = "the classifier of"  # how a note begins that says why a network starts with a new one
+LEAKED_SOURCE = "LEAKS ACCEPTED"  # and one that says that a run it goes on from had images of this test split
 
 
 class RunRecord(BaseModel):

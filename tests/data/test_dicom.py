@@ -188,7 +188,6 @@ JPEG_LS, JPEG_2000, LOSSLESS = "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.90
         (JPEG_LS, [jpeg(0xF7, 20000, 20000)]),
         (JPEG_LS, [jpeg(0xF7, 20000, 16, COMMENT)]),
         (JPEG_LS, [jpeg(0xF7, 16, 16), jpeg(0xF7, 20000, 20000)]),
-        (JPEG_LS, [b"\x00" + jpeg(0xF7, 16, 16)]),
         (LOSSLESS, [jpeg(0xC3, 65535, 65535)]),
         (JPEG_2000, [jpeg_2000(20000, 20000)]),
         (JPEG_2000, [jpeg_2000(16, 16) + jpeg_2000(20000, 20000)]),
@@ -200,6 +199,17 @@ def test_a_stream_of_another_size_than_the_header_is_refused_before_it_is_decode
     data = compressed_dicom(streams[0], syntax, 16, 16, *streams[1:])
     with pytest.raises(BadImage, match="of another size"):
         decode(data, LUNG)
+
+
+@pytest.mark.parametrize("stream", [b"\x00" + jpeg(0xF7, 16, 16), b"\xff\xd8\xff\xda" + bytes(40), b""])
+def test_a_stream_that_says_no_size_is_refused(stream):
+    with pytest.raises(BadImage, match="does not say its size"):
+        decode(compressed_dicom(stream, JPEG_LS), LUNG)
+
+
+def test_of_a_syntax_that_nobody_decodes_that_is_said():
+    with pytest.raises(BadImage, match="cannot decode the DICOM transfer syntax MPEG2"):
+        decode(compressed_dicom(b"\x00\x00\x01\xb3" + bytes(40), "1.2.840.10008.1.2.4.100"), LUNG)
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,34 @@ def test_each_run_that_a_soup_is_made_of_has_writers_of_its_own(plan, make_recip
 
 
 @pytest.mark.slow
+def test_a_soup_of_two_processes_is_told_of_too(plan, make_recipe):
+    start = str(plan.home.root / "start.safetensors")
+    save_file(plan.model()[0].state_dict(), start)
+    changes = {"average.seeds": 2, "model.weights": start, "model.image_size": 32, "epochs": 1}
+    settings = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "zoo"]
+    command = ["train", "tiny", "--data", "tiny", "--offline", *settings, "--log-to", "tensorboard"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *command], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    soup = make_plan(make_recipe(**changes), "tiny", 0, plan.home)
+    assert [in_tensorboard(each, "train_loss")[0][0] for each in sources(soup)] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_soup_whose_seed_fails_is_a_failed_run_that_says_why(plan, make_recipe):
+    start = str(plan.home.root / "start.safetensors")
+    save_file(plan.model()[0].state_dict(), start)
+    changes = {"average.seeds": 2, "model.weights": start, "model.image_size": 32, "optimizer.lr": 1e30}
+    settings = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    failed = train_at_the_prompt(*settings, "--log", "mlflow", "--watch")
+    assert failed.returncode == 1 and "the loss was not finite" in failed.stderr
+    soup = make_plan(make_recipe(**changes), "tiny", 0, plan.home)
+    assert soup.run.record.status == "failed" and "the loss was not finite" in soup.run.record.reason
+    assert [run.info.status for run in mlflow_runs(sources(soup)[0])] == ["FAILED"]
+
+
+@pytest.mark.slow
 def test_who_finds_a_run_in_progress_leaves_what_is_written_of_it_alone(plan):
     writers = open_writers(["mlflow"], plan)
     with run_lock(plan.home, plan.run.name):

@@ -5,12 +5,18 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from zoo.benchmark.suite import bench
+from zoo.benchmark.tune import tune
 from zoo.data.resplit import fold_dataset
 from zoo.data.sources import import_dataset
 from zoo.errors import ZooError
+from zoo.files import write_toml
+from zoo.reporting.comparison import make_comparison
+from zoo.reporting.findings import findings
 from zoo.runs import Run, list_runs
 from zoo.training.loop import train
 from zoo.training.plan import make_plan
+from zoo.training.scoring import evaluate
 
 AGAIN = "images of the test split of '{}', or of the same groups, were there for training.*--accept-leaks"
 
@@ -39,9 +45,43 @@ def test_a_run_of_another_fold_is_refused_for_it_saw_this_one_s_test(tiny, quick
         make_plan(again, "tiny-fold2", 0, tiny)
     assert make_plan(again, "tiny-fold0", 0, tiny).notes == ()
     run = train(again, "tiny-fold2", 0, tiny, accept_leaks=True)
-    assert run.record.leaks_accepted
+    assert not run.record.leaks_accepted  # of the dataset: it does not leak
     (note,) = [each for each in run.record.notes if source.name in each]
-    assert "images of the test split, or of the same groups, were in the training of run" in note
+    assert note.startswith("LEAKS ACCEPTED: ") and "were in the training of run" in note
+    evaluate(run, "test", tiny)
+    comparison = make_comparison([run])
+    assert f"again: {note}" in comparison.notes and findings(comparison)[0] == f"again: {note}."
+
+
+def test_a_benchmark_and_a_study_refuse_it_too(tiny, quick):
+    fold_dataset("tiny", 3, tiny)
+    source = train(quick(), "tiny-fold0", 0, tiny)
+    again = quick("again", weights=source.name)
+    write_toml(tiny.root / "recipes" / "again.toml", again.table())
+    (row,) = bench(data="tiny-fold2", recipes=["again"], seeds=1, root=tiny).comparison.rows
+    assert row["status"] == "failed" and "--accept-leaks" in row["reason"]
+    search = {"optimizer.lr": {"low": 1e-4, "high": 1e-3, "log": True}}
+    searched = quick("searched", weights=source.name, search=search)
+    with pytest.raises(ZooError, match=AGAIN.format("tiny-fold2")):
+        tune(searched, "tiny-fold2", 1, root=tiny)
+    found = tune(searched, "tiny-fold2", 1, root=tiny, accept_leaks=True)
+    assert [row["state"] for row in found.trials] == ["complete"]
+
+
+def test_the_file_of_a_run_is_a_run_too(others, quick):
+    fold_dataset("tiny", 3, others)
+    first = train(quick(), "tiny-fold0", 0, others)
+    by_file = quick("by-file", weights=str(first.weights_file))
+    with pytest.raises(ZooError, match=AGAIN.format("tiny-fold2")):
+        make_plan(by_file, "tiny-fold2", 0, others)
+    second = train(by_file, "others", 0, others)
+    assert (second.record.weights["from"], second.record.weights["run"]) == ("file", first.name)
+    assert any("told other classes apart" in note for note in second.record.notes)
+    with pytest.raises(ZooError, match=f"run '{first.name}' .*{AGAIN.format('tiny-fold2')}"):
+        make_plan(quick("third", weights=second.name), "tiny-fold2", 0, others)
+    copy = others.root / "copy.safetensors"  # which nobody can know again
+    shutil.copy(first.weights_file, copy)
+    assert make_plan(quick("copied", weights=str(copy)), "tiny-fold2", 0, others).source is None
 
 
 def test_the_same_pictures_under_another_name_are_found(tiny, quick, image_folder):
@@ -72,7 +112,9 @@ def test_a_data_set_that_is_gone_is_a_note(others, quick):
     assert make_plan(again, "others", 0, others).notes == ()
     shutil.rmtree(others.data / "tiny")
     (note,) = make_plan(again, "others", 0, others).notes
-    assert note.startswith(f"run {source.name!r} was trained on dataset 'tiny', which is not here: whether its")
+    assert note.startswith(
+        f"run {source.name!r} was trained on dataset 'tiny', which is not here as it was (there is no"
+    )
 
 
 def test_a_classifier_of_other_classes_is_not_kept(others, quick):

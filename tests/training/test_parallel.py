@@ -41,7 +41,8 @@ KEYS = {
 
 
 def torchrun(folder: Path, *words: str, processes: int = 2, **variables: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "zoo", *words]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "zoo"]
+    command = [sys.executable, "-m", *launcher, *words]
     environment = {
         **os.environ,
         "ZOO_HOME": str(folder),

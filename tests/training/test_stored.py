@@ -164,8 +164,8 @@ def test_a_pass_that_is_killed_goes_on_where_it_was(tmp_path):
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert sorted(each.name for each in tmp_path.glob("a-part*")) == [
-        f"a-part{number}.{kind}" for number in range(3) for kind in ("json", "npy")
+    assert sorted(each.name for each in tmp_path.glob("a-p[0-9]*")) == [
+        f"a-p{number}.{kind}" for number in range(3) for kind in ("json", "npy")
     ]
     began: list[int] = []
     with pytest.raises(KeyboardInterrupt):  # what comes after it is kept at the end: a minute has not gone by
@@ -183,22 +183,40 @@ def test_parts_that_are_not_good_are_computed_again(tmp_path, monkeypatch, damag
     began: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         store_once(tmp_path / "a.npy", 23, in_batches(20, began), every=4)
-    second = tmp_path / "a-part1.npy"
+    second = tmp_path / "a-p1.npy"
     if damage == "flipped":
         second.write_bytes(second.read_bytes()[:-1] + b"\x7f")
     elif damage == "gone":
         second.unlink()
     else:
         for kind in (".npy", ".json"):
-            (tmp_path / f"a-part3{kind}").replace(second.with_suffix(kind))
+            (tmp_path / f"a-p3{kind}").replace(second.with_suffix(kind))
     made = store_once(tmp_path / "a.npy", 23, in_batches(99, began), every=4)
     assert began == [0, 4] and torch.equal(made.values, MANY)
 
 
 def test_without_room_for_parts_the_pass_itself_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "PART_S", 0.0)
-    (tmp_path / "a-part0.npy").mkdir()
+    (tmp_path / "a-p0.npy").mkdir()
+    tried, kept = [], []
+    write = stored._Parts._write
+
+    def watched(parts, count):
+        tried.append(count)
+        kept.append(parts)
+        write(parts, count)
+
+    monkeypatch.setattr(stored._Parts, "_write", watched)
     assert torch.equal(store_once(tmp_path / "a.npy", 23, in_batches(99, []), every=4).values, MANY)
+    assert tried == [4] and kept[0]._waiting == []  # once, and nothing waits in memory
+
+
+def test_a_part_that_was_half_written_is_removed(tmp_path):
+    left = [tmp_path / f".a-p0.npy.{'x' * 8}", tmp_path / f".a-p12.json.{'y' * 8}"]
+    for each in left:
+        each.write_bytes(b"half")
+    store_once(tmp_path / "a.npy", 23, in_batches(99, []), every=4)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".a.lock", "a.json", "a.npy"]
 
 
 def test_arrays_leave_for_want_of_room_but_not_while_they_are_mapped(tmp_path, monkeypatch):

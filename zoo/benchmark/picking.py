@@ -35,7 +35,7 @@ from zoo.reporting.pick import (
     nearest_misses,
 )
 from zoo.reporting.picked import candidate_rows, change_words, limit_words, miss_words, notes_of, reason_of
-from zoo.runs import Run, find_run, runs_on_split
+from zoo.runs import LEAKED_SOURCE, Run, find_run, runs_on_split
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -268,9 +268,10 @@ def _of_answers(metric: str, classes: list[str]) -> list[str]:
 
 
 def _leaks(runs: list[Run]) -> list[str]:
+    of_runs = {f"{run.name}: {note}" for run in runs for note in run.record.notes if note.startswith(LEAKED_SOURCE)}
     if any(run.record.leaks_accepted for run in runs):
-        return ["train, val and test of this dataset leak, which was accepted: its scores cannot be believed"]
-    return []
+        return ["train, val and test of this dataset leak, which was accepted: its scores cannot be believed", *of_runs]
+    return sorted(of_runs)
 
 
 def _candidate(offer: Offer, speed: Latency | None, percentile: str) -> Candidate:

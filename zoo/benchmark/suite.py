@@ -75,7 +75,7 @@ def bench(
     check_writable(root.runs)
     tell = on_step or (lambda _: None)
     left_out: list[str] = []
-    steps = _plan_all(wanted, dataset, root, overrides or {}, offline, bad_images, tell, left_out)
+    steps = _plan_all(wanted, dataset, root, overrides or {}, offline, bad_images, tell, left_out, accept_leaks)
     runs = run_all(steps, jobs, bad_images, on_tick, tell)
     failed = sum(1 for run in runs if isinstance(run, RunRecord) or not run.finished)
     try:
@@ -138,6 +138,7 @@ def _plan_all(
     bad_images: str | None,
     tell: OnStep,
     left_out: list[str],
+    accept_leaks: bool,
 ) -> list[Plan | RunRecord]:
     """Plan every run; what cannot be planned is a failed record, and told before anything is trained.
 
@@ -153,7 +154,13 @@ def _plan_all(
         try:
             recipe = load_recipe(name, {**wanted.overrides, **overrides}, root)
             first = make_plan(
-                recipe, dataset, wanted.seeds[0], root, offline=offline, bad_images=bad_images, accept_leaks=True
+                recipe,
+                dataset,
+                wanted.seeds[0],
+                root,
+                offline=offline,
+                bad_images=bad_images,
+                accept_leaks=accept_leaks,
             )
         except Interrupted:
             raise

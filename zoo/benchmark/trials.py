@@ -36,6 +36,7 @@ class Job:
     pruner: str
     offline: bool
     bad_images: str | None
+    accept_leaks: bool
 
 
 def work(job: Job, study: Study, deadline: float | None, on_tick: OnTick, tell: OnStep) -> None:
@@ -140,7 +141,7 @@ class _Trial:
             job.root,
             offline=job.offline,
             bad_images=job.bad_images,
-            accept_leaks=True,  # the study was refused where that was not wanted
+            accept_leaks=job.accept_leaks,
         )
         return replace(plan, place=self.claim.folder, home=Home(self.claim.folder))
 

@@ -75,15 +75,15 @@ def tune(
     recipe = load_recipe(recipe, overrides, root) if isinstance(recipe, str) else recipe
     space = space_of(recipe)
     dataset = load_dataset(data, root) if isinstance(data, str) else data
-    known: dict[str, Any] = {"offline": offline, "bad_images": bad_images}
-    plan = make_plan(recipe, dataset, seed, root, accept_leaks=accept_leaks, **known)
+    known: dict[str, Any] = {"offline": offline, "bad_images": bad_images, "accept_leaks": accept_leaks}
+    plan = make_plan(recipe, dataset, seed, root, **known)
     _check_plans(space, plan, known)
     facts = [TUNE_VERSION, plan.digest, recipe.finetune.metric, space.spaces, seed, pruner]
     folder = root.root / "models" / "tune" / f"{dataset.name}--{recipe.name}--{digest_of(facts)[:8]}"
     check_writable(folder)
     study = Study(folder, space, seed, pruner)
     check_target(study, root, name)
-    job = Job(recipe, dataset, seed, root, folder, trials, pruner, offline, bad_images)
+    job = Job(recipe, dataset, seed, root, folder, trials, pruner, **known)
     tick, tell = on_tick or (lambda _: None), on_step or (lambda _: None)
     deadline = until(timeout)
     try:
@@ -152,7 +152,7 @@ def _refusal(space: Space, plan: Plan, known: dict[str, Any], key: str, value: A
             continue  # it goes with other values of other keys alone
         planned.add(facts)
         try:
-            make_plan(recipe, plan.dataset, plan.seed, plan.home, accept_leaks=True, **known)
+            make_plan(recipe, plan.dataset, plan.seed, plan.home, **known)
         except ZooError as error:
             first = first or error
         else:

@@ -11,7 +11,12 @@ from zoo.cli.screen import AcceptLeaksOption, BadImagesOption, HomeOption, JsonO
 from zoo.cli.tuning import find_lr
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from zoo.cli.screen import Bars
+    from zoo.errors import ZooError
+    from zoo.reporting.live import LiveFigure
+    from zoo.reporting.writers import Writers
     from zoo.runs import Run, RunRecord
     from zoo.training.loop import Tick
     from zoo.training.plan import Plan
@@ -32,7 +37,12 @@ def train(
     ] = False,
     log: Annotated[
         list[str] | None,
-        typer.Option("--log", metavar="tensorboard|mlflow", help="Write the run there, too; repeatable."),
+        typer.Option(
+            "--log",
+            "--log-to",  # torchrun takes `--log` for an abbreviation of its own options
+            metavar="tensorboard|mlflow",
+            help="Write the run there, too; repeatable. With torchrun: --log-to.",
+        ),
     ] = None,
     lr_find: Annotated[
         bool, typer.Option("--lr-find", help="Only test learning rates; no weights are kept, the figure is.")
@@ -64,63 +74,92 @@ def train(
 
 
 def _train(plan: Plan, shown: Bars, watch: bool, names: list[str]) -> Run:
-    """Train, telling of it to whatever was asked for; what goes wrong there is a note and never stops the run.
-
-    Each of the runs that a derived one is made of has a figure and writers of its own.
-    """
-    from zoo.errors import Interrupted, ZooError
-    from zoo.reporting.live import LiveFigure
-    from zoo.reporting.writers import Writers, open_writers
-    from zoo.training.derived import is_derived, sources
+    """Train, telling of it to whatever was asked for; what goes wrong there is a note and never stops the run."""
+    from zoo.errors import ZooError
     from zoo.training.loop import StopRun, train_plan
     from zoo.training.plan import finished_run
 
-    done = finished_run(plan)
-    if done is None and is_derived(plan.recipe):
-        for source in sources(plan):
-            _train(source, shown, watch, names)
-    if done is not None or not (watch or names):
+    if finished_run(plan) is not None or not (watch or names):
         return train_plan(plan, shown.tick)
-
-    def note(text: str) -> None:
-        shown.console.print(f"note: {text}", markup=False, soft_wrap=True)
-
-    figure = LiveFigure(plan.run.path / "loss.png", on_note=note) if watch else None
-    opened: list[Writers] = []
-
-    def writers() -> Writers:
-        if not opened:
-            opened.append(open_writers(names, plan, note))
-        return opened[0]
-
-    def on_tick(tick: Tick) -> None:
-        shown.tick(tick)
-        if figure is not None:
-            figure.tick(tick)
-        # Not before there is a sign of life: until then another process may hold the run, and write of it.
-        try:
-            writers()
-        except ZooError as error:
-            raise StopRun from error  # no fault of the run's, whose record is not to say that it failed
-
-    def on_epoch(row: dict[str, Any]) -> None:
-        writers().epoch(row)
-        if figure is not None:
-            figure.epoch(row)
-
+    told = _Told(plan, shown, watch, names)
     try:
-        run = train_plan(plan, on_tick, on_epoch)
+        run = train_plan(plan, told.tick, told.epoch)
     except StopRun as stop:
         raise stop.__cause__ or stop from None
     except ZooError as error:
-        for each in opened:
-            each.fail(str(error), interrupted=isinstance(error, Interrupted))
+        told.end(error)
         raise
     finally:
-        if figure is not None:
-            figure.close()
-    writers().finish(run.record, run.metrics("val"))
+        told.close()
+    told.end(None)
     return run
+
+
+class _Told:
+    """The figures and writers of what a command trains: each run that a derived one is made of has its own."""
+
+    def __init__(self, plan: Plan, shown: Bars, watch: bool, names: list[str]) -> None:
+        self.shown, self.watch, self.names = shown, watch, names
+        self.plans = {each.run.name: each for each in _made_of(plan)}
+        self.now = plan
+        self.figures: dict[str, LiveFigure] = {}
+        self.writers: dict[str, Writers] = {}
+
+    def tick(self, tick: Tick) -> None:
+        """Take a sign of life; not before is a store opened, for another process may hold the run until then."""
+        from zoo.errors import ZooError
+        from zoo.reporting.live import LiveFigure
+        from zoo.reporting.writers import open_writers
+        from zoo.training.loop import StopRun
+
+        self.shown.tick(tick)
+        self.now = plan = self.plans.get(tick.run, self.now)
+        name = plan.run.name
+        if self.watch and name not in self.figures:
+            self.figures[name] = LiveFigure(plan.run.path / "loss.png", on_note=self._note)
+        if name in self.figures:
+            self.figures[name].tick(tick)
+        try:
+            if name not in self.writers:
+                self.writers[name] = open_writers(self.names, plan, self._note)
+        except ZooError as error:
+            raise StopRun from error  # no fault of the run's, whose record is not to say that it failed
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Take an epoch's row, of the run that gave the last sign of life."""
+        name = self.now.run.name
+        if name in self.writers:
+            self.writers[name].epoch(row)
+        if name in self.figures:
+            self.figures[name].epoch(row)
+
+    def end(self, error: ZooError | None) -> None:
+        """Tell the writers how their runs have ended."""
+        from zoo.errors import Interrupted
+
+        for name, writers in self.writers.items():
+            run = self.plans[name].run
+            if run.finished:
+                writers.finish(run.record, run.metrics("val"))
+            elif error is not None:
+                writers.fail(str(error), interrupted=isinstance(error, Interrupted))
+
+    def close(self) -> None:
+        for figure in self.figures.values():
+            figure.close()
+
+    def _note(self, text: str) -> None:
+        self.shown.console.print(f"note: {text}", markup=False, soft_wrap=True)
+
+
+def _made_of(plan: Plan) -> Iterator[Plan]:
+    """Yield a plan, and those of all runs that it is made of."""
+    from zoo.training.derived import is_derived, sources
+
+    yield plan
+    if is_derived(plan.recipe):
+        for source in sources(plan):
+            yield from _made_of(source)
 
 
 def _print(run: Run, json: bool) -> None:

@@ -283,8 +283,8 @@ def _check_header(dataset: Any, max_pixels: int) -> None:
     if frames > 1:
         raise DicomFault(f"DICOM of {frames} frames; save each frame that counts as a file of its own")
     try:
-        _check_codestream(dataset, rows, columns)
         _check_decoder(dataset)
+        _check_codestream(dataset, rows, columns)
     except DicomFault:
         raise
     except Exception as error:  # a transfer syntax that is none
@@ -307,6 +307,8 @@ def _check_codestream(dataset: Any, rows: int, columns: int) -> None:
     starts = [number for number, part in enumerate(parts) if part.startswith(b"\xff\xd8")]
     # A table of offsets may name any of them; a file of one frame has one.
     claimed |= {_size_of_jpeg(b"".join(parts[number:])) for number in starts[:16]}
+    if not claimed - {None}:
+        raise DicomFault("unreadable DICOM: its compressed image does not say its size")
     if claimed != {(columns, rows)} or len(starts) > 16:
         raise DicomFault("unreadable DICOM: its compressed image is of another size than its header says")
 

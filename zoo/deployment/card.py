@@ -13,6 +13,7 @@ from typing import Any
 from zoo.deployment.bundle import RECORD, SUMS, TEST_OF, VAL_OF, BundleRecord
 from zoo.deployment.facts import CardFacts
 from zoo.errors import one_line
+from zoo.runs import LEAKED_SOURCE
 
 MISSING = "not known"
 FEW_GROUPS, FEW_IMAGES = 20, 300
@@ -99,6 +100,8 @@ def _data_limits(record: BundleRecord, facts: CardFacts, val: Scores, test: Scor
     found = []
     if facts.leaks_accepted:
         found.append("**The split leaks, and it was trained in spite of that: the scores may be too good.**")
+    elif any(note.startswith(LEAKED_SOURCE) for note in facts.training.get("notes", ())):
+        found.append("**A run that its weights come from had images of this test split: the scores are too good.**")
     elif facts.audit_ok is False:
         found.append("**The audit finds leaks between the splits: the scores may be too good.**")
     elif facts.audit_ok is None:

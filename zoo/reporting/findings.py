@@ -9,6 +9,7 @@ from typing import Any
 from zoo.errors import one_line
 from zoo.evaluation.metrics import METRIC_SIGN
 from zoo.reporting.comparison import Comparison
+from zoo.runs import LEAKED_SOURCE
 
 _NAMED = 4  # recipes in one sentence
 
@@ -29,6 +30,7 @@ def findings(comparison: Comparison) -> list[str]:
     failed = [row["recipe"] for row in comparison.rows if row["status"] != "finished"]
     if failed:
         found.append(f"Failed, in full or in part: {listed(failed)}.")
+    found[:0] = [f"{note}." for note in comparison.notes if LEAKED_SOURCE in note]
     if comparison.leaks_accepted:
         found.insert(0, "LEAKS ACCEPTED: train, val and test of this split leak, so every score here is too good.")
     return found

@@ -28,7 +28,7 @@ from zoo.training.precision import PrecisionPlan, recorded_plan
 from zoo.training.stored import Add, Stored, read_stored, store_once
 
 FORWARD_BATCH = 64
-FEATURES_VERSION = 2
+FEATURES_VERSION = 3
 
 OnBatch = Callable[[int, int], None]
 

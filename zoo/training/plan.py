@@ -29,7 +29,7 @@ from zoo.models.weights import WeightsFile, resolve_weights
 from zoo.recipe import Recipe, load_recipe
 from zoo.recipe.effects import effect_notes
 from zoo.runs import FRESH_HEAD, Preprocessing, Run, RunRecord, run_name
-from zoo.training.lineage import Source, source_run
+from zoo.training.lineage import Source, source_of_file, source_run
 from zoo.training.strategy import frozen_names
 
 
@@ -38,7 +38,7 @@ class Plan:
     """One run, decided: everything that it needs is known to be there.
 
     place: a folder in place of the home's runs. notes: what is to be said of the recipe, and stands in the record.
-    own_head: False where the weights are of a run that told other classes apart.
+    own_head: False where the weights are of a run that told other classes apart. source: the name of that run.
     """
 
     recipe: Recipe
@@ -57,6 +57,7 @@ class Plan:
     place: Path | None = None
     notes: tuple[str, ...] = ()
     own_head: bool = True
+    source: str | None = None
 
     @property
     def run(self) -> Run:
@@ -111,6 +112,8 @@ class Plan:
         weights = {"label": self.weights_label, "from": self.weights_from}
         if self.weights is not None:
             weights |= {"location": self.weights.location, "sha256": self.weights.sha256}
+        if self.source is not None:
+            weights["run"] = self.source
         return RunRecord.model_validate(
             {
                 "run": self.run.name,
@@ -193,13 +196,13 @@ def make_plan(
     spec = find_model(recipe.model.name)
     leaks_accepted = refuse_leaks(dataset, accept_leaks)
     weights, weights_from, source = _weights(recipe, spec, dataset, root, offline, accept_leaks)
-    before = source.record if source else None
+    before = source.record if source and weights_from == "run" else None
     preprocessing = preprocessing_of(recipe, spec, before, dataset)
     make_augment(recipe.policy, recipe.augment.transforms, preprocessing.image_size, seed)
     network, notes = _check_model(recipe, spec, preprocessing, len(dataset.classes))
     _refuse_changed_network(before, network, len(dataset.classes))
     check_writable(root.runs)
-    own_head = before is None or before.classes == dataset.classes
+    own_head = source is None or source.record.classes == dataset.classes
     recipe_digest = _recipe_digest(recipe, spec, preprocessing, weights, network, bad_images, own_head)
     return Plan(
         recipe=recipe,
@@ -214,9 +217,10 @@ def make_plan(
         digest=_run_digest(recipe_digest, dataset, seed),
         bad_images=bad_images,
         network=network,
-        leaks_accepted=leaks_accepted or (source is not None and source.leaks),
+        leaks_accepted=leaks_accepted,
         notes=(*notes, *(source.notes if source else ())),
         own_head=own_head,
+        source=source.record.run if source else None,
     )
 
 
@@ -324,7 +328,8 @@ def _weights(
     if source == "pretrained":
         return resolve_weights(spec, source, root, offline), "pretrained", None
     if source.endswith((".safetensors", ".pth", ".pt", ".bin")):
-        return resolve_weights(spec, source, root, offline), "file", None
+        file = resolve_weights(spec, source, root, offline)
+        return file, "file", source_of_file(file, spec, dataset, root, accept_leaks) if file else None
     found = source_run(source, spec, dataset, root, accept_leaks)
     return found.weights, "run", found
 

@@ -124,6 +124,7 @@ class _Parts:
 
     def read(self) -> Iterator[torch.Tensor]:
         """Yield what earlier passes have kept, as far as it is good, and count it."""
+        self._remove(".")  # what a kill has left half written
         while (found := read_stored(self._name(self._number))) is not None and self.rows == found.facts["first"]:
             self._number, self.rows = self._number + 1, self.rows + len(found.values)
             self.seconds, self.whole = self.seconds + found.facts["seconds"], self.whole and found.facts["whole"]
@@ -144,8 +145,10 @@ class _Parts:
         """Write the rows that wait as a file; where there is no room for it they are lost with the process."""
         count = sum(map(len, self._waiting))
         if count and not (self.rows + count) % self.every:
-            with suppress(ZooError):
+            try:
                 self._write(count)
+            except ZooError:
+                self.every, self._waiting = 0, []  # the pass itself may still find the room that it needs
 
     def _write(self, count: int) -> None:
         name, seconds = self._name(self._number), time.monotonic() - self._since
@@ -161,12 +164,16 @@ class _Parts:
         self._waiting.clear()
 
     def remove(self) -> None:
-        for each in self.file.parent.glob(f"{self.file.stem}-part*"):
+        """Take all parts away: the array is whole."""
+        self._remove("")
+
+    def _remove(self, before: str) -> None:
+        for each in self.file.parent.glob(f"{before}{self.file.stem}-p[0-9]*"):
             with suppress(OSError):
                 each.unlink(missing_ok=True)
 
     def _name(self, number: int) -> Path:
-        return self.file.with_name(f"{self.file.stem}-part{number}.npy")
+        return self.file.with_name(f"{self.file.stem}-p{number}.npy")
 
 
 def store_once(

@@ -105,7 +105,7 @@ class Held:
         """
         while self.bytes + count > self.limit:
             now = asyncio.get_running_loop().time()
-            stalled = (each for each in self.coming if each.behind_s(now) > each.limits.stalled_s)
+            stalled = (each for each in self.coming if each.held_bytes and each.behind_s(now) > each.limits.stalled_s)
             victim = max(stalled, key=lambda each: each.behind_s(now), default=None)
             if victim is None:
                 raise busy(2.0, "busy: too many bytes are waiting; try again")
@@ -123,6 +123,11 @@ class Body:
     def __init__(self, limits: Limits, held: Held) -> None:
         self.limits, self.held, self.data, self._taken = limits, held, bytearray(), 0
         self._paced, self._dropped = 0.0, False
+
+    @property
+    def held_bytes(self) -> int:
+        """Return how many bytes it counts for now."""
+        return self._taken
 
     def __enter__(self) -> Body:
         return self
