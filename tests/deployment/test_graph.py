@@ -139,6 +139,7 @@ def test_a_network_that_is_more_than_its_head_on_its_features_gives_no_map():
     assert graph.pooled_classifier(Scaled(2), 64) is None
 
 
+@pytest.mark.slow
 def test_a_classifier_that_is_a_1_x_1_convolution_gives_its_maps(tmp_path):
     model = network("resnetv2_18", 64)
     facts, mapped = write_onnx(model, 64, tmp_path / "model.onnx")

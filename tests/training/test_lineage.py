@@ -18,6 +18,7 @@ from zoo.training.loop import train
 from zoo.training.plan import make_plan
 from zoo.training.scoring import evaluate
 
+pytestmark = pytest.mark.slow  # each trains once or more
 AGAIN = "images of the test split of '{}', or of the same groups, were there for training.*--accept-leaks"
 
 
