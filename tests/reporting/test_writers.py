@@ -333,12 +333,17 @@ def train_at_the_prompt(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
 
 
-@pytest.mark.slow
-def test_each_run_that_a_soup_is_made_of_has_writers_of_its_own(plan, make_recipe):
+def soup_of_two(plan: Plan, **more) -> tuple[dict, list[str]]:
+    """Return what makes the recipe a soup of two seeds, from weights in a file, and that as words of a command."""
     start = str(plan.home.root / "start.safetensors")
     save_file(plan.model()[0].state_dict(), start)
-    changes = {"average.seeds": 2, "model.weights": start, "model.image_size": 32}
-    settings = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    changes = {"average.seeds": 2, "model.weights": start, "model.image_size": 32, **more}
+    return changes, [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+
+
+@pytest.mark.slow
+def test_each_run_that_a_soup_is_made_of_has_writers_of_its_own(plan, make_recipe):
+    changes, settings = soup_of_two(plan)
     made = train_at_the_prompt(*settings, "--log", "tensorboard", "--log", "mlflow", "--watch")
     assert made.returncode == 0, made.stderr
     soup = make_plan(make_recipe(**changes), "tiny", 0, plan.home)
@@ -352,10 +357,7 @@ def test_each_run_that_a_soup_is_made_of_has_writers_of_its_own(plan, make_recip
 
 @pytest.mark.slow
 def test_a_soup_of_two_processes_is_told_of_too(plan, make_recipe):
-    start = str(plan.home.root / "start.safetensors")
-    save_file(plan.model()[0].state_dict(), start)
-    changes = {"average.seeds": 2, "model.weights": start, "model.image_size": 32, "epochs": 1}
-    settings = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    changes, settings = soup_of_two(plan, epochs=1)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "zoo"]
     command = ["train", "tiny", "--data", "tiny", "--offline", *settings, "--log-to", "tensorboard"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -367,10 +369,7 @@ def test_a_soup_of_two_processes_is_told_of_too(plan, make_recipe):
 
 @pytest.mark.slow
 def test_a_soup_whose_seed_fails_is_a_failed_run_that_says_why(plan, make_recipe):
-    start = str(plan.home.root / "start.safetensors")
-    save_file(plan.model()[0].state_dict(), start)
-    changes = {"average.seeds": 2, "model.weights": start, "model.image_size": 32, "optimizer.lr": 1e30}
-    settings = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    changes, settings = soup_of_two(plan, lr=1e30)
     failed = train_at_the_prompt(*settings, "--log", "mlflow", "--watch")
     assert failed.returncode == 1 and "the loss was not finite" in failed.stderr
     soup = make_plan(make_recipe(**changes), "tiny", 0, plan.home)

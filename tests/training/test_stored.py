@@ -123,12 +123,17 @@ def killed(folder: str) -> None:
     store_once(Path(folder) / "a.npy", 5, compute)
 
 
-@pytest.mark.slow
-def test_what_a_killed_process_has_begun_is_removed(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=killed, args=(str(tmp_path),))
+def dies(work, folder: Path) -> None:
+    """Run work in a process of its own, which must end by a kill."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(str(folder),))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_has_begun_is_removed(tmp_path):
+    dies(killed, tmp_path)
     assert len(list(tmp_path.glob(".a.npy.*"))) == 1
     assert torch.equal(store(tmp_path / "a.npy", VALUES).values, VALUES)
     assert sorted(each.name for each in tmp_path.iterdir()) == [".a.lock", "a.json", "a.npy"]
@@ -160,10 +165,7 @@ def killed_later(folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_pass_that_is_killed_goes_on_where_it_was(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=killed_later, args=(str(tmp_path),))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    dies(killed_later, tmp_path)
     assert sorted(each.name for each in tmp_path.glob("a-p[0-9]*")) == [
         f"a-p{number}.{kind}" for number in range(3) for kind in ("json", "npy")
     ]

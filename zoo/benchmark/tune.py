@@ -84,22 +84,25 @@ def tune(
     study = Study(folder, space, seed, pruner)
     check_target(study, root, name)
     job = Job(recipe, dataset, seed, root, folder, trials, pruner, **known)
-    tick, tell = on_tick or (lambda _: None), on_step or (lambda _: None)
-    deadline = until(timeout)
-    try:
-        if jobs == 1:
-            work(job, study, deadline, tick, tell)
-        else:
-            work_side_by_side(job, study, jobs, deadline, tick, tell)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        ended = f"{study.ended()} of {trials} trials have ended"
-        raise Interrupted(
-            f"interrupted: {ended}; the study goes on with the same command", getattr(stop, "exit_code", 130)
-        ) from None
+    _work(job, study, jobs, until(timeout), on_tick or (lambda _: None), on_step or (lambda _: None))
     options = ["--bad-images", bad_images] if bad_images else []
     options += [flag for flag, given in (("--accept-leaks", accept_leaks), ("--offline", offline)) if given]
     command = partial(bench_command, dataset.name, asked, overrides or {}, space.spaces, options)
     return finish(study, plan, trials, root, name, command)
+
+
+def _work(job: Job, study: Study, jobs: int, deadline: float | None, on_tick: OnTick, tell: OnStep) -> None:
+    """Train trials in this process, or in several; raise Interrupted with how far the study has come."""
+    try:
+        if jobs == 1:
+            work(job, study, deadline, on_tick, tell)
+        else:
+            work_side_by_side(job, study, jobs, deadline, on_tick, tell)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        ended = f"{study.ended()} of {job.trials} trials have ended"
+        raise Interrupted(
+            f"interrupted: {ended}; the study goes on with the same command", getattr(stop, "exit_code", 130)
+        ) from None
 
 
 def parse_duration(text: str) -> float:
