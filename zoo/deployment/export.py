@@ -140,13 +140,8 @@ def export(
     """
     root, say = root or home(), on_note or (lambda _: None)
     own = _bundle_of(run) if format is None and precision is None else None
-    judged = own.record.parity if own else {}
-    format = format or (own.record.format if own else "onnx")  # noqa: A001
-    precision = precision or (own.record.precision if own else "float32")
-    margin = float(judged.get("margin", MARGIN)) if margin is None else margin
-    metric = metric or str(judged.get("metric", "top1"))
-    _check_kind(format, precision)
-    check_gate(metric, margin)
+    format, precision = _kind_of(own, format, precision)  # noqa: A001
+    metric, margin = _gate_of(own, metric, margin)
     run = find_run(run, root) if isinstance(run, str) else run if isinstance(run, Run) else _run_of(run)
     record = finished_record(run)
     usual = own.name if own else f"{run.name}--{format}-{precision}"
@@ -172,6 +167,23 @@ def export(
             put_in_place(folder, job.target)
         interruption.check()
     return open_bundle(job.target)
+
+
+def _kind_of(own: Bundle | None, form: Format | None, precision: Precision | None) -> tuple[Format, Precision]:
+    """Return format and precision: what was asked, else those of the bundle that was chosen, else ONNX in float32."""
+    form = form or (own.record.format if own else "onnx")
+    precision = precision or (own.record.precision if own else "float32")
+    _check_kind(form, precision)
+    return form, precision
+
+
+def _gate_of(own: Bundle | None, metric: str | None, margin: float | None) -> tuple[str, float]:
+    """Return metric and margin of the gate: what was asked, else those that the chosen bundle was judged by."""
+    judged = own.record.parity if own else {}
+    margin = float(judged.get("margin", MARGIN)) if margin is None else margin
+    metric = metric or str(judged.get("metric", "top1"))
+    check_gate(metric, margin)
+    return metric, margin
 
 
 def _run_of(source: Any) -> Run:
